@@ -1,0 +1,51 @@
+"""Colour-wise saliency of black-box image models: RISE, debiased RISE and MC-RISE, sharded over Ray.
+
+Names are loaded on first use, so that `import mcrise_ray` and `mcrise --help` stay quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mcrise_ray import masks as masks
+    from mcrise_ray.errors import MCRiseError as MCRiseError
+    from mcrise_ray.explainer import Explanation as Explanation
+    from mcrise_ray.explainer import explain as explain
+    from mcrise_ray.images import read_image as read_image
+    from mcrise_ray.jobs import JobSpec as JobSpec
+    from mcrise_ray.jobs import run_job as run_job
+    from mcrise_ray.models import Model as Model
+    from mcrise_ray.models import ModelSpec as ModelSpec
+    from mcrise_ray.models import load_model as load_model
+    from mcrise_ray.scores import Classifier as Classifier
+    from mcrise_ray.spec import ExplainSpec as ExplainSpec
+    from mcrise_ray.store import read_results as read_results
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Classifier": "scores",
+    "ExplainSpec": "spec",
+    "Explanation": "explainer",
+    "JobSpec": "jobs",
+    "MCRiseError": "errors",
+    "Model": "models",
+    "ModelSpec": "models",
+    "explain": "explainer",
+    "load_model": "models",
+    "read_image": "images",
+    "read_results": "store",
+    "run_job": "jobs",
+}
+
+__all__ = sorted([*_HOMES, "masks"])  # noqa: PLE0605 - the names are the table's keys
+
+
+def __getattr__(name: str) -> Any:
+    if name == "masks":
+        return import_module("mcrise_ray.masks")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mcrise_ray' has no attribute {name!r}")
+    value = getattr(import_module(f"mcrise_ray.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,300 @@
+"""The command `mcrise`. Everything heavy is imported inside commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mcrise_ray.jobs import JobSpec
+    from mcrise_ray.worker import TargetChoice
+
+app = typer.Typer(
+    help="Which pixels, and which colours, a vision model needs: RISE, debiased RISE and MC-RISE.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)]
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGES...", help="Folders, CSV manifests (uri,label), or files.", show_default=False
+    ),
+]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="torchvision:NAME[?num_classes=N&weights=W], or package.module:factory.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None, typer.Option(help="Safetensors file, or a state dict (no pickled code is run).")
+]
+Classes = Annotated[str | None, typer.Option(help="Text file of class names, one per line in index order.")]
+ModelArgs = Annotated[
+    list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument of a factory.")
+]
+Size = Annotated[str | None, typer.Option(metavar="HxW", help="Size of the model's input.")]
+Mean = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Mean of the normalisation, of RGB in [0, 1].")
+]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Its standard deviation.")]
+Activation = Annotated[str | None, typer.Option(help="softmax, sigmoid or none.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: a GPU where there is one]")]
+Targets = Annotated[
+    list[str],
+    typer.Option(
+        "--target", help="predicted, truth, predicted+truth, or a class index or name (repeat for several)."
+    ),
+]
+MaskCount = Annotated[int, typer.Option("--masks", "-n", help="N, the number of masks.")]
+Grid = Annotated[str, typer.Option(metavar="hxw", help="Cells of a mask.")]
+PMask = Annotated[float, typer.Option("--p-mask", help="Probability that a cell is masked.")]
+Colors = Annotated[
+    str | None,
+    typer.Option(help="paper5, paper8, or fills such as red,#00ff80 (MC-RISE alone).  [default: paper5]"),
+]
+Method = Annotated[str, typer.Option(help="mc-rise, debiased-rise or rise.")]
+Seed = Annotated[int, typer.Option(help="Seed of the masks.")]
+Output = Annotated[str, typer.Option("--output", "-o", help="Folder of the results.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove earlier results from the output first.")]
+BatchSize = Annotated[int, typer.Option(help="Masked images per call of the model.")]
+Figures = Annotated[int, typer.Option(help="Draw the first so many images.")]
+StandardError = Annotated[
+    bool, typer.Option("--standard-error", help="Store the standard error of every pixel too.")
+]
+
+
+@app.command()
+def explain(
+    images: Images,
+    model: ModelName,
+    weights: Weights = None,
+    classes: Classes = None,
+    model_arg: ModelArgs = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    activation: Activation = None,
+    device: Device = None,
+    target: Targets = ["predicted"],  # noqa: B006 - typer reads it, nobody changes it
+    masks: MaskCount = 8000,
+    grid: Grid = "8x8",
+    p_mask: PMask = 0.5,
+    colors: Colors = None,
+    method: Method = "mc-rise",
+    seed: Seed = 0,
+    output: Output = "mcrise-results",
+    overwrite: Overwrite = False,
+    batch_size: BatchSize = 64,
+    figures: Figures = 100,
+    standard_error: StandardError = False,
+) -> None:
+    """Explain a few images in this process, without Ray."""
+    _run(dict(locals()), actors=0, cpus_per_actor=1, gpus_per_actor=None)
+
+
+@app.command()
+def audit(
+    images: Sources,
+    model: ModelName,
+    weights: Weights = None,
+    classes: Classes = None,
+    model_arg: ModelArgs = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    activation: Activation = None,
+    device: Device = None,
+    target: Targets = ["predicted"],  # noqa: B006
+    masks: MaskCount = 8000,
+    grid: Grid = "8x8",
+    p_mask: PMask = 0.5,
+    colors: Colors = None,
+    method: Method = "mc-rise",
+    seed: Seed = 0,
+    output: Output = "mcrise-results",
+    overwrite: Overwrite = False,
+    batch_size: BatchSize = 64,
+    figures: Figures = 100,
+    standard_error: StandardError = False,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Actors that each hold the model.  [default: as many as fit]")
+    ] = None,
+    cpus_per_actor: Annotated[int, typer.Option(min=1, help="Cores, and torch threads, per actor.")] = 1,
+    gpus_per_actor: Annotated[
+        float | None, typer.Option(help="GPUs per actor, may be a fraction.  [default: 1 where there is one]")
+    ] = None,
+) -> None:
+    """Explain many images on Ray. Every image ends in maps/ or, with the reason, in errors/."""
+    _run(dict(locals()), actors=actors, cpus_per_actor=cpus_per_actor, gpus_per_actor=gpus_per_actor)
+
+
+@app.command()
+def demo(
+    output: Output = "mcrise-demo",
+    masks: MaskCount = 2000,
+    actors: Annotated[int, typer.Option(min=1, help="Actors that each hold the model.")] = 2,
+) -> None:
+    """Explain the bundled traffic signs with the bundled classifier on local Ray."""
+    with _one_line_errors():
+        from mcrise_ray import demo as bundled
+        from mcrise_ray.jobs import JobSpec
+        from mcrise_ray.models import ModelSpec
+        from mcrise_ray.spec import ExplainSpec
+
+        job = JobSpec(
+            images=(str(bundled.MANIFEST),),
+            model=ModelSpec(
+                model="mcrise_ray.demo:sign_classifier",
+                weights=str(bundled.WEIGHTS),
+                classes=str(bundled.CLASSES),
+                preprocessing={"size": bundled.SIZE, "mean": bundled.MEAN, "std": bundled.STD},
+            ),
+            output=output,
+            targets="predicted+truth",
+            explain=ExplainSpec(masks=masks),
+            actors=actors,
+        )
+        _run_and_report(job, overwrite=True)
+
+
+def _run(
+    options: dict[str, Any], *, actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
+) -> None:
+    with _one_line_errors():
+        job = _job_spec(options, actors, cpus_per_actor, gpus_per_actor)
+        _run_and_report(job, overwrite=options["overwrite"])
+
+
+def _job_spec(
+    options: dict[str, Any], actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
+) -> JobSpec:
+    from mcrise_ray.jobs import JobSpec
+    from mcrise_ray.models import ModelSpec
+    from mcrise_ray.spec import ExplainSpec
+
+    given = {
+        "size": options["size"] and _pair("--size", options["size"]),
+        "mean": options["mean"] and _triple("--mean", options["mean"]),
+        "std": options["std"] and _triple("--std", options["std"]),
+        "activation": options["activation"],
+    }
+    model = ModelSpec(
+        model=options["model"],
+        weights=options["weights"],
+        classes=options["classes"],
+        args=dict(_key_value(argument) for argument in options["model_arg"] or ()),
+        preprocessing={name: value for name, value in given.items() if value is not None},
+        device=options["device"],
+    )
+    fills = {} if options["colors"] is None else {"colors": options["colors"]}
+    spec = ExplainSpec(
+        method=options["method"],
+        masks=options["masks"],
+        grid=_pair("--grid", options["grid"]),
+        p_mask=options["p_mask"],
+        seed=options["seed"],
+        **fills,
+    )
+    return JobSpec(
+        images=tuple(options["images"]),
+        model=model,
+        output=options["output"],
+        targets=_targets(options["target"]),
+        explain=spec,
+        actors=actors,
+        cpus_per_actor=cpus_per_actor,
+        gpus_per_actor=gpus_per_actor,
+        batch_size=options["batch_size"],
+        standard_error=options["standard_error"],
+        figures=options["figures"],
+    )
+
+
+def _run_and_report(job: JobSpec, overwrite: bool) -> None:
+    from rich.console import Console
+
+    from mcrise_ray.jobs import draw_figures, run_job
+    from mcrise_ray.progress import ConsoleReporter, duration
+
+    if overwrite:
+        for name in ("maps", "errors", "figures"):
+            shutil.rmtree(f"{job.output}/{name}", ignore_errors=True)
+        if (existing := Path(job.output, "job.json")).exists():
+            existing.unlink()
+    with ConsoleReporter(Console(stderr=True)) as reporter:
+        summary = run_job(job, reporter)
+    rate = summary.masks / summary.seconds if summary.seconds else 0
+    print(
+        f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
+        f"{summary.masks:,} masks in {duration(summary.seconds)} ({rate:,.0f} masks/s)"
+    )
+    figures: list[str] = []
+    draw_figures(job, figures.append)
+    print(f"results: {job.output}/maps, read with mcrise_ray.read_results({job.output!r})")
+    if summary.errors:
+        print(f"errors:  {job.output}/errors")
+    if figures:
+        print(f"figures: {figures[0]}" + (f" and {len(figures) - 1} more" if len(figures) > 1 else ""))
+    if summary.errors:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors of ours as one line and exit code 2; a bug keeps its traceback."""
+    from mcrise_ray.errors import MCRiseError
+
+    try:
+        yield
+    except MCRiseError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _targets(given: list[str]) -> TargetChoice:
+    match given:
+        case ["predicted" | "truth" | "predicted+truth" as choice]:
+            return choice
+    return tuple(int(target) if target.lstrip("-").isdigit() else target for target in given)
+
+
+def _pair(option: str, text: str) -> tuple[int, int]:
+    from mcrise_ray.errors import SpecError
+
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise SpecError(f"{option}: expected two whole numbers such as 96x96, found {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _triple(option: str, text: str) -> tuple[float, ...]:
+    from mcrise_ray.errors import SpecError
+
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3:
+        raise SpecError(f"{option}: expected three numbers such as 0.485,0.456,0.406, found {text!r}")
+    return values
+
+
+def _key_value(argument: str) -> tuple[str, str]:
+    from mcrise_ray.errors import SpecError
+
+    key, separator, value = argument.partition("=")
+    if not separator or not key.isidentifier():
+        raise SpecError(f"--model-arg: expected KEY=VALUE, found {argument!r}")
+    return key, value

@@ -1,0 +1,266 @@
+"""A job: many images, one model, one spec, one output; in this process or on Ray."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from mcrise_ray.dispatch import Failed, Finished, Ledger, run_serially
+from mcrise_ray.errors import ImageError
+from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, explanation
+from mcrise_ray.images import ImageRef, list_folder, list_manifest, read_image
+from mcrise_ray.models import ModelSpec, load_model
+from mcrise_ray.progress import Reporter
+from mcrise_ray.spec import ExplainSpec, StrictModel
+from mcrise_ray.store import ErrorRow, MapRow, Results, Store, read_results
+from mcrise_ray.worker import TargetChoice, Worker
+
+_ROWS_PER_FILE = 64
+
+
+class JobSpec(StrictModel):
+    """Everything that a job is.
+
+    Args:
+        images: files, folders (searched recursively), or CSV manifests with `uri` and `label`.
+        model: which model.
+        output: folder or URL of the results.
+        targets: `"predicted"`, `"truth"`, `"predicted+truth"`, or class indices and names; several targets
+            share one pass.
+        explain: method, masks, fills.
+        actors: Ray actors that each hold the model; 0 runs in this process without Ray; None takes one per
+            GPU, or one per `cpus_per_actor` cores where there is no GPU.
+        cpus_per_actor: cores, and threads of torch, per actor.
+        gpus_per_actor: may be a fraction; None takes one where the machine has any.
+        batch_size: masked images per call of the model.
+        standard_error: store the standard error of every pixel too, at the price of twice the space.
+        figures: draw the first so many images.
+    """
+
+    images: tuple[str, ...]
+    model: ModelSpec
+    output: str
+    targets: TargetChoice = "predicted"
+    explain: ExplainSpec = Field(default_factory=ExplainSpec)
+    actors: int | None = Field(default=None, ge=0)
+    cpus_per_actor: int = Field(default=1, ge=1)
+    gpus_per_actor: float | None = Field(default=None, ge=0)
+    batch_size: int = Field(default=DEFAULT_BATCH_SIZE, ge=1)
+    standard_error: bool = False
+    figures: int = Field(default=100, ge=0)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job did.
+
+    Attributes:
+        images: explained.
+        errors: images with an error row.
+        rows: of `maps/`, one per image and target.
+        masks: scored.
+        seconds: from the first task to the last result, without starting Ray and loading the model.
+    """
+
+    images: int
+    errors: int
+    rows: int
+    masks: int
+    seconds: float
+
+
+def run_job(job: JobSpec, reporter: Reporter) -> Summary:
+    """Run a job to its end.
+
+    Every image ends up in `maps/` or in `errors/`.
+
+    Raises:
+        MCRiseError: the job cannot run at all: no images, no model, no output, no Ray.
+    """
+    images = list_images(job.images)
+    store = Store(job.output)
+    store.refuse_existing()
+    if job.actors == 0:
+        worker = Worker(job.model, job.explain, job.targets, job.batch_size)
+        reporter.note(f"model {job.model.model} on {worker.load()}, in this process")
+        ledger = Ledger(images, job.explain, lookahead=1)
+        return _drain(job, store, reporter, images, run_serially(ledger, worker, reporter.masks_done))
+
+    from mcrise_ray import cluster
+
+    gpus = job.gpus_per_actor if job.gpus_per_actor is not None else float(torch.cuda.is_available())
+    actors = job.actors or _actors_that_fit(job.cpus_per_actor, gpus)
+    with cluster.local_ray(cpus=actors * job.cpus_per_actor):
+        handles = cluster.start_actors(
+            actors,
+            job.model,
+            job.explain,
+            job.targets,
+            batch_size=job.batch_size,
+            cpus=job.cpus_per_actor,
+            gpus=gpus,
+        )
+        reporter.note(f"model {job.model.model} on {actors} actors, {job.cpus_per_actor} cores each")
+        ledger = Ledger(images, job.explain, lookahead=actors)
+        outcomes = cluster.explain_images(ledger, handles, reporter.masks_done)
+        return _drain(job, store, reporter, images, outcomes)
+
+
+def list_images(sources: Sequence[str]) -> list[ImageRef]:
+    """Images of files, folders and CSV manifests; a file is known by the path it was given as."""
+    images: list[ImageRef] = []
+    for source in sources:
+        if os.path.isdir(source):
+            images.extend(list_folder(source))
+        elif source.endswith(".csv"):
+            images.extend(list_manifest(source))
+        else:
+            images.append(ImageRef(source, source))
+    if not images:
+        raise ImageError(f"expected images, found none in {', '.join(sources)}")
+    return images
+
+
+def draw_figures(job: JobSpec, on_figure: Callable[[str], None]) -> None:
+    """Draw the first `job.figures` images of a finished job beside its maps, from what was committed."""
+    from mcrise_ray import render
+
+    prepare = load_model(job.model).prepare
+    results = read_results(job.output)
+    for image_id, rows in islice(_by_image(results), job.figures):
+        lines = [
+            render.FigureRow(_title(row), row.method, row.colors, row.map, row.relative_error) for row in rows
+        ]
+        picture = render.draw(prepare(read_image(rows[0].uri)), lines)
+        on_figure(Store(job.output).write_figure(image_id, render.to_png(picture)))
+
+
+def _by_image(results: Results) -> Iterator[tuple[str, list[MapRow]]]:
+    """Rows of one image stand together, because they are committed together."""
+    rows: list[MapRow] = []
+    for row in results:
+        if rows and row.image_id != rows[0].image_id:
+            yield rows[0].image_id, rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows[0].image_id, rows
+
+
+def _title(row: MapRow) -> str:
+    name = f"{row.target_name} ({row.target})" if row.target_name else f"class {row.target}"
+    return f"{row.target_role}: {name}\nscore {row.score:.3f}"
+
+
+def _drain(
+    job: JobSpec,
+    store: Store,
+    reporter: Reporter,
+    images: list[ImageRef],
+    outcomes: Iterable[Finished | Failed],
+) -> Summary:
+    """Commit images as they end, in files of some rows each."""
+    began = time.monotonic()
+    reporter.start(len(images), job.explain.masks)
+    store.write_job(_job_file(job, "running", None))
+    maps = _Part(store.write_maps)
+    errors = _Part(store.write_errors)
+    done = failed = masks = 0
+    for ended in outcomes:
+        if isinstance(ended, Failed):
+            failed += 1
+            row = ErrorRow(ended.image.image_id, ended.image.uri, ended.failure.stage, ended.failure.message)
+            reporter.note(f"error: {row.error}")
+            errors.add([row])
+        else:
+            done += 1
+            masks += ended.total.masks
+            maps.add(_rows(job, ended))
+        reporter.image_done(isinstance(ended, Failed))
+    maps.flush()
+    errors.flush()
+    summary = Summary(done, failed, maps.rows, masks, time.monotonic() - began)
+    store.write_job(_job_file(job, "done", summary))
+    return summary
+
+
+class _Part:
+    """Rows on their way into numbered files."""
+
+    def __init__(self, write: Callable[[int, list[Any]], None]) -> None:
+        self._write = write
+        self._waiting: list[Any] = []
+        self._files = self.rows = 0
+
+    def add(self, rows: list[Any]) -> None:
+        self._waiting += rows
+        self.rows += len(rows)
+        if len(self._waiting) >= _ROWS_PER_FILE:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._waiting:
+            self._write(self._files, self._waiting)
+            self._files += 1
+            self._waiting = []
+
+
+def _rows(job: JobSpec, ended: Finished) -> list[MapRow]:
+    targets = ended.inspection.targets
+    score = np.array([target.score for target in targets])
+    result = explanation(job.explain, [target.index for target in targets], score, ended.total)
+    height, width = ended.inspection.size
+    return [
+        MapRow(
+            image_id=ended.image.image_id,
+            uri=ended.image.uri,
+            height=height,
+            width=width,
+            target=target.index,
+            target_name=target.name,
+            target_role=target.role,
+            score=target.score,
+            method=job.explain.method,
+            colors=job.explain.colors,
+            masks=result.masks,
+            relative_error=float(error) if np.isfinite(error) else None,
+            map=result.maps[place],
+            baseline=result.baseline[place],
+            standard_error=result.standard_error[place] if job.standard_error else None,
+            seconds=ended.seconds,
+            spec_hash=job.explain.hash,
+        )
+        for place, (target, error) in enumerate(zip(targets, result.relative_error, strict=True))
+    ]
+
+
+def _job_file(job: JobSpec, state: str, summary: Summary | None) -> dict[str, Any]:
+    return {
+        "state": state,
+        "spec": job.model_dump(mode="json"),
+        "spec_hash": job.explain.hash,
+        "counts": asdict(summary) if summary else None,
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: version(name)
+                for name in ("mcrise-ray", "torch", "torchvision", "ray", "numpy", "pyarrow")
+            },
+        },
+    }
+
+
+def _actors_that_fit(cpus_per_actor: int, gpus_per_actor: float) -> int:
+    if gpus_per_actor:
+        return max(1, int(torch.cuda.device_count() / gpus_per_actor))
+    return max(1, (os.cpu_count() or 1) // cpus_per_actor)

@@ -1,0 +1,123 @@
+"""Mask n as a pure function of (seed, n, grid, K, p_mask): its cells, its shift, and how they become pixels.
+
+Axes: N masks; h, w cells; H, W pixels; sy, sx shifts; K fills. A cell is 0 where kept, k + 1 where masked
+with fill k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float64, Int64, UInt8, UInt64
+
+from mcrise_ray.spec import ExplainSpec
+
+_WORDS_PER_BLOCK = 4  # Philox4x64 yields four words per counter value
+_UNIT = 1 << 53  # a word's upper 53 bits are a uniform integer below this
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks at low resolution.
+
+    Attributes:
+        cells: `(N, h, w)`, 0 = kept, k + 1 = masked with fill k.
+        shift_words: `(N, 2)` uniform 32-bit integers; `shifts` turns them into pixels for a given size.
+    """
+
+    cells: UInt8[np.ndarray, "N h w"]
+    shift_words: UInt64[np.ndarray, "N 2"]
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def shifts(self, size: tuple[int, int]) -> Int64[np.ndarray, "N 2"]:
+        """Shifts (sy, sx) of every mask, uniform in [0, ceil(H/h)) x [0, ceil(W/w))."""
+        spans = np.array(cell_size(self.cells.shape[1:], size), dtype=np.uint64)
+        return ((self.shift_words * spans) >> np.uint64(32)).astype(np.int64)
+
+
+def cell_size(grid: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
+    """Pixels per cell, `(ceil(H/h), ceil(W/w))`: also the number of different shifts per axis."""
+    return -(-size[0] // grid[0]), -(-size[1] // grid[1])
+
+
+def draw(spec: ExplainSpec, start: int, stop: int) -> Masks:
+    """Masks `start` to `stop - 1` of the spec (paper, eq. 6; Algorithm 1, lines 3 to 8).
+
+    Mask n owns a fixed run of Philox counters, so a range of masks is one contiguous stretch of the stream,
+    and a mask is the same whatever range it is drawn in. Only raw words are taken from numpy (its Philox
+    stream is frozen; its distributions are not); all arithmetic on them is exact, in 64-bit integers.
+    """
+    h, w = spec.grid
+    blocks = -(-(h * w + 2) // _WORDS_PER_BLOCK)
+    first = start * blocks
+    bits = np.random.Philox(key=spec.seed, counter=first)
+    words = bits.random_raw((stop - start) * blocks * _WORDS_PER_BLOCK).reshape(stop - start, -1)
+
+    threshold = np.uint64(max(1, int(spec.p_mask * _UNIT)))
+    uniform = words[:, : h * w] >> np.uint64(11)
+    fill = uniform * np.uint64(spec.K) // threshold  # < K exactly where uniform < threshold
+    cells = np.where(uniform < threshold, fill + np.uint64(1), np.uint64(0)).astype(np.uint8)
+    shift_words = words[:, h * w : h * w + 2] >> np.uint64(32)
+    return Masks(cells.reshape(-1, h, w), shift_words)
+
+
+@lru_cache(maxsize=64)
+def upsampling_tables(cells: int, pixels: int) -> Float64[np.ndarray, "shifts pixels cells"]:
+    """Linear interpolation along one axis, one matrix per shift: `up(z) = Ry[sy] @ z @ Rx[sx].T`.
+
+    The axis is resized from `cells` to `(cells + 1) * ceil(pixels / cells)` with half-pixel centres and
+    clamped edges, then cropped to `pixels` at the shift (the grid and crop of the original RISE code).
+    Every row sums to one. The array is read-only, because it is shared.
+    """
+    span = -(-pixels // cells)
+    position = np.arange(span)[:, None] + np.arange(pixels)
+    source = np.clip((position + 0.5) * (cells / ((cells + 1) * span)) - 0.5, 0, cells - 1)
+    lower = np.minimum(source.astype(np.int64), max(cells - 2, 0))
+    weight = source - lower
+    table = np.zeros((span, pixels, cells))
+    np.put_along_axis(table, lower[..., None], (1 - weight)[..., None], axis=2)
+    if cells > 1:
+        np.put_along_axis(table, lower[..., None] + 1, weight[..., None], axis=2)
+    table.flags.writeable = False
+    return table
+
+
+def overlap_kernels(
+    grid: tuple[int, int], size: tuple[int, int]
+) -> tuple[Float64[np.ndarray, "H H"], Float64[np.ndarray, "W W"]]:
+    """`(Ky, Kx)`, `Ky = mean over shifts of Ry[s] Ry[s].T`: how much two pixels share the same cells.
+
+    The covariance of coverages is `Cov(m_k(y, x), m_j(y', x')) = (q delta_kj - q**2) Ky(y, y') Kx(x, x')`
+    with `q = p_mask / K`.
+    """
+    tables = (upsampling_tables(grid[0], size[0]), upsampling_tables(grid[1], size[1]))
+    ky, kx = (np.einsum("sac,sbc->ab", table, table) / len(table) for table in tables)
+    return ky, kx
+
+
+def coverage(
+    spec: ExplainSpec, size: tuple[int, int], indices: Sequence[int] | np.ndarray
+) -> Float64[np.ndarray, "N K H W"]:
+    """Coverages `m_k` of the masks with the given indices, for looking at and for checking.
+
+    Args:
+        spec: decides the masks.
+        size: (H, W) in pixels.
+        indices: which masks, in any order.
+
+    Returns:
+        Share of fill k at each pixel, in [0, 1]; the kept share (eq. 7) is one minus their sum over k.
+    """
+    rows, columns = upsampling_tables(spec.grid[0], size[0]), upsampling_tables(spec.grid[1], size[1])
+    maps = np.empty((len(indices), spec.K, *size))
+    for place, n in enumerate(indices):
+        mask = draw(spec, int(n), int(n) + 1)
+        sy, sx = mask.shifts(size)[0]
+        masked = mask.cells[0] == np.arange(1, spec.K + 1)[:, None, None]
+        maps[place] = rows[sy] @ masked @ columns[sx].T
+    return maps

@@ -1,0 +1,108 @@
+"""Figures: the input, then one heat map per colour, as in the paper's figure 4."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from mcrise_ray.spec import color_name
+
+# Neither end is one of the palettes' colours, so that a heat map is not mistaken for its fill.
+_DIVERGING = "PuOr_r"
+_SEQUENTIAL = "viridis"
+
+_MEANING = {
+    "mc-rise": "change of the score when a pixel takes the colour",
+    "debiased-rise": "change of the score when a pixel is retained",
+    "rise": "mean score where a pixel is retained",
+}
+
+
+class FigureRow:
+    """One target of a figure: its title and its maps."""
+
+    def __init__(
+        self,
+        title: str,
+        method: str,
+        colors: Sequence[str],
+        maps: Float32[np.ndarray, "M H W"],
+        relative_error: float | None,
+    ) -> None:
+        self.title, self.method, self.maps = title, method, maps
+        self.relative_error = relative_error
+        self.colors: tuple[str | None, ...] = tuple(colors) if method == "mc-rise" else (None,)
+
+
+def draw(image: UInt8[np.ndarray, "H W 3"], rows: Sequence[FigureRow]) -> Figure:
+    """One line per target: input, maps under the swatch of their colour, one scale and colour bar a line.
+
+    The scale of MC-RISE and debiased RISE is symmetric about zero; RISE, which has no zero, spans its range.
+    """
+    columns = 1 + max(len(row.maps) for row in rows)
+    aspect = image.shape[0] / image.shape[1]
+    cell = 1.7
+    figure = Figure(figsize=(cell * columns + 1.0, (cell * aspect + 0.85) * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, line in zip(rows, axes, strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        line[0].imshow(image)
+        line[0].set_title(row.title, fontsize=8)
+        norm = _scale(row)
+        palette = _SEQUENTIAL if row.method == "rise" else _DIVERGING
+        for axis, color, heat in zip(line[1:], row.colors, row.maps, strict=False):
+            picture = axis.imshow(heat, cmap=palette, norm=norm)
+            if color is not None:
+                _swatch(axis, color)
+        error = row.relative_error
+        note = "" if error is None or not np.isfinite(error) else f"\nrelative error {error:.2f}"
+        bar = figure.colorbar(picture, ax=list(line), fraction=0.05, pad=0.01)
+        bar.set_label(_wrap(_MEANING[row.method]) + note, fontsize=6)
+        bar.ax.tick_params(labelsize=6)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140)
+    return buffer.getvalue()
+
+
+def _scale(row: FigureRow) -> Normalize:
+    if row.method == "rise":
+        return Normalize(float(row.maps.min()), float(row.maps.max()))
+    # A map of zeros still needs a scale with some width.
+    limit = float(np.abs(row.maps).max()) or 1e-12
+    return Normalize(-limit, limit)
+
+
+def _swatch(axis: Axes, color: str) -> None:
+    axis.set_title(color_name(color), fontsize=8, pad=14)
+    axis.add_patch(
+        Rectangle(
+            (0.3, 1.02),
+            0.4,
+            0.09,
+            transform=axis.transAxes,
+            clip_on=False,
+            facecolor=color,
+            edgecolor="0.4",
+            lw=0.6,
+        )
+    )
+
+
+def _wrap(text: str) -> str:
+    head, _, tail = text.partition(" when ")
+    return f"{head}\nwhen {tail}" if tail else text.replace(" where ", "\nwhere ")

@@ -1,0 +1,153 @@
+"""Black boxes: what is asked for scores, how it is asked, and what its answer must look like.
+
+A black box is any callable from a float tensor `(B, 3, H, W)` of RGB in [0, 1] to scores `(B, C)`. The
+tensor it is given is a buffer that the next call overwrites: a black box that wants to keep it must clone it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from mcrise_ray.errors import ModelError, ScoreError, TargetError
+
+BlackBox = Callable[[Tensor], Any]
+Activation = Literal["softmax", "sigmoid", "none"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: torch.softmax(logits, dim=1),
+    "sigmoid": torch.sigmoid,
+    "none": lambda scores: scores,
+}
+
+
+class Classifier(nn.Module):
+    """A network with its normalisation and activation, as a black box that takes RGB in [0, 1].
+
+    Args:
+        network: from normalised images `(B, 3, H, W)` to logits or scores `(B, C)`.
+        mean, std: per channel, in RGB in [0, 1].
+        activation: turns the network's output into scores.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        activation: Activation = "softmax",
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.activation = activation
+
+    def input_space(self) -> InputSpace:
+        """The network's own, normalised space."""
+        return InputSpace(self.score_normalized, device_of(self), self.mean, self.std)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
+        """Scores of RGB images in [0, 1]."""
+        return self.score_normalized(self.input_space().normalize(images))
+
+    def score_normalized(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
+        """Scores of images that are normalised already."""
+        output = self.network(images)
+        if not isinstance(output, Tensor):
+            raise ModelError(
+                f"expected the network to return one tensor (B, classes), found {type(output).__name__}; "
+                "wrap it in a factory that picks the tensor"
+            )
+        return _ACTIVATIONS[self.activation](output.float())
+
+
+@dataclass(frozen=True)
+class InputSpace:
+    """Where blending happens for a black box: the image and the palette are normalised once, not per mask.
+
+    Attributes:
+        function: takes batches in this space.
+        device: where it wants them.
+        mean, std: from RGB in [0, 1] into this space.
+    """
+
+    function: BlackBox
+    device: torch.device
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def normalize(self, images: Float[Tensor, "*batch 3 H W"]) -> Float[Tensor, "*batch 3 H W"]:
+        """RGB in [0, 1] into this space."""
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+
+@runtime_checkable
+class HasInputSpace(Protocol):
+    """A black box of ours, which can take images that are normalised already."""
+
+    def input_space(self) -> InputSpace:
+        """The space in which this black box is cheapest to ask."""
+        ...
+
+
+def input_space(black_box: BlackBox) -> InputSpace:
+    """The normalised space for a black box of ours (blending is affine: it commutes), RGB for any other."""
+    if isinstance(black_box, HasInputSpace):
+        return black_box.input_space()
+    return InputSpace(black_box, device_of(black_box))
+
+
+def device_of(black_box: BlackBox) -> torch.device:
+    """The device a module's parameters are on; the CPU for any other callable."""
+    if isinstance(black_box, nn.Module):
+        for tensor in (*black_box.parameters(), *black_box.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def ask(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndarray, "B C"]:
+    """All scores of a batch, on the CPU in float64.
+
+    Raises:
+        ModelError: the black box raised.
+        ScoreError: its answer is not `(B, C)`, or not finite.
+    """
+    try:
+        with torch.inference_mode():
+            answer = function(images)
+    except (ModelError, ScoreError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model raised {type(error).__name__} on a batch of shape {tuple(images.shape)}: {error}"
+        ) from error
+    tensor = torch.as_tensor(answer)
+    if tensor.ndim != 2 or len(tensor) != len(images):
+        raise ScoreError(
+            f"expected scores of shape ({len(images)}, classes) from the model, found {tuple(tensor.shape)}"
+        )
+    # A copy: the black box may have returned a view of the batch, which the next call overwrites.
+    scores = tensor.detach().double().cpu().numpy().copy()
+    if not np.isfinite(scores).all():
+        bad = int((~np.isfinite(scores).all(axis=1)).sum())
+        raise ScoreError(
+            f"expected finite scores, found NaN or infinity for {bad} of {len(images)} images; "
+            "check the model's weights, normalisation and precision"
+        )
+    return scores
+
+
+def check_targets(targets: Sequence[int], classes: int) -> None:
+    """Raise `TargetError` for a target that the model does not have."""
+    for target in targets:
+        if not 0 <= target < classes:
+            raise TargetError(
+                f"expected a target from 0 to {classes - 1} (the model's classes), found {target}"
+            )

@@ -1,0 +1,161 @@
+"""`explain()` as a user calls it: black boxes of every kind, targets, and what bad input is told."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mcrise_ray as mr
+from mcrise_ray import errors
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+SPEC = mr.ExplainSpec(masks=128)
+
+
+def channel_means(images: Tensor) -> Tensor:
+    return images.mean(dim=(2, 3))
+
+
+class Means(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean(dim=(2, 3)) * 3
+
+
+def test_result_has_the_shapes_it_promises() -> None:
+    result = mr.explain(channel_means, IMAGE, targets=[2, 0], spec=SPEC)
+    assert result.maps.shape == (2, 5, 16, 24)
+    assert result.raw.shape == (2, 5, 16, 24)
+    assert result.baseline.shape == (2, 16, 24)
+    assert result.standard_error.shape == (2, 5, 16, 24)
+    assert result.relative_error.shape == (2,)
+    assert result.maps.dtype == result.baseline.dtype == np.float32
+    np.testing.assert_allclose(result.score, IMAGE.mean(axis=(0, 1))[[2, 0]] / 255, atol=1e-6)
+    np.testing.assert_allclose(result.maps, result.raw - result.baseline[:, None], atol=1e-5)
+    assert (result.targets, result.masks, result.spec) == ((2, 0), 128, SPEC)
+    one = mr.explain(channel_means, IMAGE, 1, mr.ExplainSpec(method="rise", masks=64))
+    assert one.maps.shape == (1, 1, 16, 24)
+
+
+def test_predicted_class_is_the_default_target() -> None:
+    assert mr.explain(channel_means, np.full_like(IMAGE, (1, 9, 2)), spec=SPEC).targets == (1,)
+
+
+def test_red_fill_raises_the_score_of_red_and_black_lowers_it() -> None:
+    result = mr.explain(channel_means, np.full_like(IMAGE, 128), 0, mr.ExplainSpec(masks=4000))
+    by_colour = dict(
+        zip(("red", "green", "blue", "white", "black"), result.maps[0].mean((1, 2)), strict=True)
+    )
+    assert by_colour["red"] > 0
+    assert by_colour["white"] > 0
+    assert by_colour["green"] < 0
+    assert by_colour["blue"] < 0
+    assert by_colour["black"] < 0
+
+
+def test_a_classifier_gives_what_the_same_function_of_rgb_gives() -> None:
+    classifier = mr.Classifier(Means(), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+    ours = mr.explain(classifier, IMAGE, [0, 1, 2], SPEC)
+    foreign = mr.explain(classifier.forward, IMAGE, [0, 1, 2], SPEC)
+    np.testing.assert_allclose(ours.maps, foreign.maps, atol=1e-5)
+    np.testing.assert_allclose(ours.score, foreign.score, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray])
+def test_a_black_box_may_return_lists_and_arrays(kind: type) -> None:
+    result = mr.explain(lambda images: kind(channel_means(images).tolist()), IMAGE, 0, SPEC)
+    np.testing.assert_allclose(result.maps, mr.explain(channel_means, IMAGE, 0, SPEC).maps, atol=1e-6)
+
+
+def test_scores_may_be_a_view_of_the_batch() -> None:
+    by_view = mr.explain(lambda images: images[:, :, 3, 5], IMAGE, 0, SPEC, batch_size=16)
+    by_copy = mr.explain(lambda images: images[:, :, 3, 5].clone(), IMAGE, 0, SPEC, batch_size=16)
+    np.testing.assert_array_equal(by_view.maps, by_copy.maps)
+
+
+def test_batch_size_changes_nothing_for_a_model_that_is_exact() -> None:
+    results = [mr.explain(lambda i: i[:, :, 3, 5], IMAGE, 0, SPEC, batch_size=b) for b in (1, 33, 1000)]
+    np.testing.assert_array_equal(results[0].maps, results[1].maps)
+    np.testing.assert_array_equal(results[0].maps, results[2].maps)
+
+
+def test_progress_counts_every_mask() -> None:
+    seen: list[int] = []
+    mr.explain(channel_means, IMAGE, 0, mr.ExplainSpec(masks=200), on_progress=seen.append)
+    assert sum(seen) == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"p_mask": 0}, "p_mask: expected a probability strictly between 0 and 1.*found 0.0"),
+        ({"p_mask": 1}, "p_mask: expected a probability strictly between 0 and 1.*found 1.0"),
+        ({"p_mask": float("nan")}, "p_mask"),
+        ({"masks": 0}, "masks: expected 1 to .* found 0"),
+        ({"masks": 1.5}, "masks: .*integer.*found 1.5"),
+        ({"grid": (0, 8)}, "grid: expected at least 1 x 1"),
+        ({"colors": "mauve"}, "colors: expected one of paper5.*found 'mauve'"),
+        ({"colors": ["red", "#ff0000"]}, "colors: expected distinct fills"),
+        ({"colors": []}, "colors: expected 1 to 255 fills"),
+        ({"method": "rise", "colors": "paper5"}, "rise masks with black alone"),
+        ({"method": "lime"}, "method: .*found 'lime'"),
+        ({"seed": -1}, "seed: expected 0 to"),
+        ({"mask": 3}, "mask: .*not permitted"),
+    ],
+)
+def test_bad_settings_name_the_knob(change: dict, message: str) -> None:
+    with pytest.raises(errors.SpecError, match=message) as caught:
+        mr.ExplainSpec(**change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("box", "error", "message"),
+    [
+        (lambda i: i.mean(dim=(1, 2, 3)), errors.ScoreError, r"shape \(1, classes\).*found \(1,\)"),
+        (lambda i: i.mean(dim=(2, 3))[:0], errors.ScoreError, r"found \(0, 3\)"),
+        (lambda i: i.mean(dim=(2, 3)) * float("nan"), errors.ScoreError, "expected finite scores.*1 of 1"),
+        (
+            lambda i: i @ torch.ones(3, 3),
+            errors.ModelError,
+            r"RuntimeError on a batch of shape \(1, 3, 16, 24\)",
+        ),
+    ],
+)
+def test_bad_black_boxes_are_named(box: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mr.explain(box, IMAGE, 0, SPEC)
+
+
+@pytest.mark.parametrize("target", [3, -1])
+def test_a_target_out_of_range_is_named(target: int) -> None:
+    with pytest.raises(errors.TargetError, match=f"from 0 to 2 .*found {target}"):
+        mr.explain(channel_means, IMAGE, target, SPEC)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8)]
+)
+def test_a_bad_image_is_named(image: np.ndarray) -> None:
+    spec_checked_shapes = Exception  # jaxtyping speaks first in tests, `ImageError` elsewhere
+    with pytest.raises(spec_checked_shapes, match=r"uint8|image"):
+        mr.explain(channel_means, image, 0, SPEC)
+
+
+@pytest.mark.parametrize("kind", [k for k in vars(errors).values() if isinstance(k, type)])
+def test_errors_survive_pickling(kind: type[Exception]) -> None:
+    copy = pickle.loads(pickle.dumps(kind("p_mask: expected this, found that")))
+    assert type(copy) is kind
+    assert str(copy) == "p_mask: expected this, found that"
+
+
+def test_equal_specs_share_a_hash_and_others_do_not() -> None:
+    assert (
+        mr.ExplainSpec(colors="paper5").hash
+        == mr.ExplainSpec(colors=["red", "green", "blue", "white", "black"]).hash
+    )
+    specs = [mr.ExplainSpec(), mr.ExplainSpec(masks=7), mr.ExplainSpec(seed=1), mr.ExplainSpec(p_mask=0.1)]
+    assert len({spec.hash for spec in specs}) == 4

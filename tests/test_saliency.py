@@ -1,0 +1,207 @@
+"""The three methods against the paper's loops, and the laws that hold whatever the model."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import replica
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mcrise_ray as mr
+from mcrise_ray.blend import Blender
+from mcrise_ray.explainer import Subject, run_unit
+from mcrise_ray.masks import Masks, coverage, draw
+from mcrise_ray.plan import Unit, units
+from mcrise_ray.saliency import Maps, Partial, UnitSums
+from mcrise_ray.spec import ExplainSpec
+
+PALETTES = {1: "#204080", 5: "paper5", 8: "paper8"}
+CASES = [
+    ((13, 17), (4, 3)),
+    ((16, 16), (8, 8)),
+    ((11, 7), (3, 5)),
+    ((5, 9), (1, 2)),
+]
+
+
+def weights(size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(*size, 3))
+
+
+def score(images: np.ndarray) -> np.ndarray:
+    """A smooth, non-linear score in (0, 1) of images `(..., H, W, 3)`, in the dtype of the images."""
+    size = images.shape[-3:-1]
+    linear = (images * weights(size)).sum(axis=(-3, -2, -1)) / np.sqrt(size[0] * size[1])
+    return 1 / (1 + np.exp(-linear))
+
+
+def black_box(images: Tensor) -> np.ndarray:
+    values = score(images.permute(0, 2, 3, 1).numpy())
+    return np.stack([1 - values, values], axis=1)
+
+
+def finalized(spec: ExplainSpec, image: np.ndarray, dtype: torch.dtype, batch_size: int = 7) -> Maps:
+    subject = Subject(black_box, image, spec, dtype=dtype)
+    total = Partial.zero(spec, 1, subject.size)
+    for unit in units(spec):
+        total = total.combine(run_unit(subject, unit, [1], batch_size))
+    return total.finalize(spec)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("p_mask", [0.1, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("K", [1, 5, 8])
+@pytest.mark.parametrize(("size", "grid"), CASES)
+def test_mc_rise_is_algorithm_1(
+    size: tuple[int, int], grid: tuple[int, int], K: int, p_mask: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    spec = ExplainSpec(masks=5, grid=grid, p_mask=p_mask, colors=PALETTES[K], seed=3)
+    image = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
+    ours = finalized(spec, image, dtype)
+    masks = draw(spec, 0, spec.masks)
+    s_mc, s_raw, s_baseline = replica.algorithm_1(
+        image / 255, score, np.array(spec.palette), masks.cells, masks.shifts(size), p_mask
+    )
+    np.testing.assert_allclose(ours.maps[0], s_mc, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(ours.raw[0], s_raw, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(ours.baseline[0], s_baseline, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("p_mask", [0.1, 0.3, 0.5, 0.7])
+def test_rise_and_debiased_rise_are_equations_2_and_5(p_mask: float) -> None:
+    size, grid = (13, 17), (4, 3)
+    image = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
+    specs = {
+        method: ExplainSpec(method=method, masks=40, grid=grid, p_mask=p_mask)
+        for method in ("rise", "debiased-rise")
+    }
+    kept = 1 - coverage(specs["rise"], size, range(40))[:, 0]
+    scores = score(image / 255 * kept[..., None])
+    for method, equation in (("rise", replica.rise), ("debiased-rise", replica.debiased_rise)):
+        ours = finalized(specs[method], image, torch.float64)
+        np.testing.assert_allclose(ours.maps[0, 0], equation(kept, scores, 1 - p_mask), atol=1e-9)
+
+
+def test_debiased_rise_is_minus_mc_rise_with_one_black_fill() -> None:
+    image = np.random.default_rng(2).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    debiased = mr.explain(black_box, image, [1], ExplainSpec(method="debiased-rise", masks=200))
+    black = mr.explain(black_box, image, [1], ExplainSpec(masks=200, colors="black"))
+    np.testing.assert_array_equal(debiased.maps, -black.maps)
+    np.testing.assert_array_equal(debiased.standard_error, black.standard_error)
+
+
+@pytest.mark.parametrize("method", ["mc-rise", "debiased-rise"])
+@pytest.mark.parametrize("p_mask", [0.1, 0.3, 0.5, 0.7])
+def test_zero_law(method: str, p_mask: float) -> None:
+    """A constant classifier has no saliency: zero within the Monte-Carlo error that theory gives."""
+    spec = ExplainSpec(method=method, masks=4000, grid=(4, 4), p_mask=p_mask)
+    image = np.zeros((16, 16, 3), np.uint8)
+    result = mr.explain(lambda batch: torch.full((len(batch), 1), 0.7), image, [0], spec)
+    q = p_mask / spec.K
+    # Variance of m_k / q - m_0 / (1 - p) for independent cells, at its largest (a pixel in one cell).
+    sigma = 0.7 * np.sqrt((1 / q + 1 / (1 - p_mask)) / spec.masks)
+    assert np.abs(result.maps).max() < 4.5 * sigma
+    assert np.abs(result.maps.mean()) < sigma
+    biased = mr.explain(
+        lambda batch: torch.full((len(batch), 1), 0.7),
+        image,
+        [0],
+        ExplainSpec(method="rise", masks=4000, grid=(4, 4), p_mask=p_mask),
+    )
+    np.testing.assert_allclose(biased.maps.mean(), 0.7, atol=0.02)
+
+
+def test_zero_law_exactly_over_all_masks_of_a_small_grid() -> None:
+    """The expectation itself, by enumerating every mask of a 2 x 1 grid with its probability."""
+    spec, size = ExplainSpec(grid=(2, 1), p_mask=0.3, colors="red,blue"), (4, 3)
+    weight_of = np.array([0.7, 0.15, 0.15])
+    raw, baseline, total = np.zeros((1, 2, *size)), np.zeros((1, *size)), 0.0
+    for a, b in itertools.product(range(3), repeat=2):
+        for sy, sx in itertools.product(range(2), range(3)):
+            word = np.array([[(sy * 2**32 + 2**31) // 2, (sx * 2**32 + 2**31) // 3]], dtype=np.uint64)
+            masks = Masks(np.array([[[a], [b]]], dtype=np.uint8), word)
+            assert masks.shifts(size).tolist() == [[sy, sx]]
+            sums = UnitSums(spec, 1, size)
+            sums.accumulate(masks, np.ones((1, 1)))
+            probability = weight_of[a] * weight_of[b] / 6
+            raw += probability * sums.partial().raw
+            baseline += probability * sums.partial().baseline
+            total += probability
+    np.testing.assert_allclose(total, 1, atol=1e-12)
+    np.testing.assert_allclose(raw, 1, atol=1e-12)
+    np.testing.assert_allclose(baseline, 1, atol=1e-12)
+
+
+def test_maps_are_linear_in_the_scores(rng: np.random.Generator) -> None:
+    spec, size = ExplainSpec(masks=50), (24, 20)
+    masks = draw(spec, 0, 50)
+    f, g = rng.random((50, 1)), rng.random((50, 1))
+
+    def maps(scores: np.ndarray) -> np.ndarray:
+        sums = UnitSums(spec, scores.shape[1], size)
+        sums.accumulate(masks, scores)
+        return sums.partial().finalize(spec).maps
+
+    np.testing.assert_allclose(maps(2 * f - 3 * g), 2 * maps(f) - 3 * maps(g), atol=1e-12)
+    together = maps(np.concatenate([f, g], axis=1))
+    np.testing.assert_allclose(together, np.concatenate([maps(f), maps(g)]), atol=1e-12)
+
+
+@given(cuts=st.lists(st.integers(1, 99), max_size=6, unique=True), batch=st.integers(1, 40))
+@settings(max_examples=25, deadline=None)
+def test_any_partition_gives_the_same_sums(cuts: list[int], batch: int) -> None:
+    spec, image = ExplainSpec(masks=100, grid=(3, 3)), np.full((9, 12, 3), 90, np.uint8)
+    subject = Subject(black_box, image, spec, dtype=torch.float64)
+    whole = run_unit(subject, Unit(0, 0, 100), [0, 1], 100)
+    total = Partial.zero(spec, 2, subject.size)
+    for index, (a, b) in enumerate(itertools.pairwise([0, *sorted(cuts), 100])):
+        total = total.combine(run_unit(subject, Unit(index, a, b), [0, 1], batch))
+    assert (total.masks, total.units) == (100, len(cuts) + 1)
+    np.testing.assert_allclose(total.raw, whole.raw, rtol=1e-12, atol=1e-10)
+    np.testing.assert_allclose(total.baseline, whole.baseline, rtol=1e-12, atol=1e-10)
+
+
+def test_explain_gives_the_same_bits_every_time() -> None:
+    image = np.random.default_rng(2).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    spec = ExplainSpec(masks=300)
+    first, second = (mr.explain(black_box, image, [0, 1], spec) for _ in range(2))
+    np.testing.assert_array_equal(first.maps, second.maps)
+    assert first.masks == 300
+
+
+def test_standard_error_is_the_spread_between_seeds() -> None:
+    image = np.random.default_rng(2).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    results = [mr.explain(black_box, image, 1, ExplainSpec(masks=2048, seed=seed)) for seed in range(30)]
+    spread = np.std([r.maps[0] for r in results], axis=0, ddof=1)
+    predicted = np.sqrt(np.mean([r.standard_error[0] ** 2 for r in results], axis=0))
+    ratio = np.sqrt((spread**2).mean() / (predicted**2).mean())
+    assert 0.9 < ratio < 1.1
+
+
+def test_a_single_unit_has_no_standard_error() -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    result = mr.explain(black_box, image, 1, ExplainSpec(masks=10))
+    assert np.isnan(result.standard_error).all()
+    assert np.isnan(result.relative_error).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_blending_in_normalised_space_is_blending_in_rgb(
+    rng: np.random.Generator, dtype: torch.dtype
+) -> None:
+    spec = ExplainSpec(masks=20, colors="paper8")
+    image = torch.from_numpy(rng.random((3, 15, 22))).to(dtype)
+    palette = torch.tensor(spec.palette, dtype=dtype)
+    mean, std = torch.tensor([0.4, 0.5, 0.6], dtype=dtype), torch.tensor([0.2, 0.3, 0.25], dtype=dtype)
+    masks = draw(spec, 0, 20)
+    rgb = Blender(image, palette, spec.grid)(masks)
+    normalised = Blender((image - mean.view(3, 1, 1)) / std.view(3, 1, 1), (palette - mean) / std, spec.grid)(
+        masks
+    )
+    expected = (rgb - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(normalised, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
