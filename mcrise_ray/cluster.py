@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
@@ -22,29 +23,66 @@ IN_FLIGHT = 2  # tasks per actor: one runs while the next one's arguments travel
 
 @contextmanager
 def local_ray(cpus: int) -> Iterator[None]:
-    """A Ray of our own on this machine, reachable from this machine alone, unless one is connected already.
+    """A Ray of our own that only this machine can reach; one that is connected already is used as it is.
 
-    `cpus` are logical: how many actors fit, not how many cores there are.
+    Args:
+        cpus: logical ones, which decide how many actors fit, not how many cores there are.
+
+    Raises:
+        ClusterError: it cannot start.
     """
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            configure_logging=False,
-            log_to_driver=True,
-            _node_ip_address="127.0.0.1",
-        )
-    except (RuntimeError, ValueError, ConnectionError, OSError) as error:
-        raise ClusterError(f"cannot start Ray on this machine: {error}") from error
+    with _loopback_only(), _private_files():
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                configure_logging=False,
+                _node_ip_address="127.0.0.1",
+            )
+        except (RuntimeError, ValueError, ConnectionError, OSError) as error:
+            raise ClusterError(f"cannot start Ray on this machine: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Keep Ray's servers on 127.0.0.1, which takes more than a node address.
+
+    Ray replaces a loopback address by a reachable one unless this switch is off. It was made for Windows and
+    macOS, is read when `ray` is imported, and is inherited by the processes that Ray starts.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    settings = {name: "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    before = {key: os.environ.get(key) for key in settings}
+    enabled = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(settings)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Files that Ray makes on its start, its token among them, are for this user alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def explain_images(

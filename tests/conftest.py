@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jaxtyping
 
-# Before anything else imports the package: every jaxtyping annotation becomes a check.
-_hook = jaxtyping.install_import_hook("mcrise_ray", "beartype.beartype")
+# Before anything else imports them: every shape in a signature of the numerics becomes a check.
+_NUMERICS = ("masks", "blend", "saliency", "scores", "models", "explainer")
+_hook = jaxtyping.install_import_hook([f"mcrise_ray.{name}" for name in _NUMERICS], "beartype.beartype")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -1,0 +1,397 @@
+"""Jobs end to end: in process and on Ray, good images and bad ones, read back as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import ray
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+import mcrise_ray as mr
+from mcrise_ray import cluster, errors
+from mcrise_ray.cli import app
+from mcrise_ray.dispatch import (
+    Failure,
+    Finished,
+    Inspection,
+    InspectTask,
+    Ledger,
+    Target,
+    UnitResult,
+    UnitTask,
+)
+from mcrise_ray.images import ImageRef
+from mcrise_ray.jobs import JobSpec, draw_figures, run_job
+from mcrise_ray.models import ModelSpec
+from mcrise_ray.saliency import Partial
+from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.store import Store
+
+NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
+SPEC = ExplainSpec(masks=300, grid=(4, 4))
+
+
+class Silent:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.masks = 0
+        self.notes: list[str] = []
+
+    def start(self, images: int | None, masks_per_image: int) -> None: ...
+
+    def masks_done(self, masks: int) -> None:
+        self.masks += masks
+
+    def image_done(self, failed: bool) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # Actors import `blackboxes` from here; Ray's sockets need a short path.
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    os.environ["RAY_TMPDIR"] = f"/tmp/mcrise-test-{os.getpid()}"
+    os.makedirs(os.environ["RAY_TMPDIR"], exist_ok=True)
+    with cluster.local_ray(cpus=8):
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three good images and four bad ones."""
+    root = tmp_path / "images"
+    (root / "deep" / "er").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "deep/b.jpg", "deep/er/c.bmp"):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(root / name)
+    whole = (root / "deep/b.jpg").read_bytes()
+    (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "text.png").write_text("not a picture")
+    (root / "empty.png").write_bytes(b"")
+    (root / "gone.png").symlink_to(root / "nowhere.png")
+    (root / "notes.txt").write_text("not listed")
+    return root
+
+
+def job(images: Path, output: Path, **changes: object) -> JobSpec:
+    settings = {"model": NETWORK, "explain": SPEC, "actors": 0, "figures": 0, "targets": (0, 3), **changes}
+    return JobSpec(images=(str(images),), output=str(output), **settings)
+
+
+def maps(output: Path) -> dict[tuple[str, int], np.ndarray]:
+    return {(row.image_id, row.target): row.map for row in mr.read_results(str(output))}
+
+
+def test_every_image_ends_in_maps_or_errors(folder: Path, tmp_path: Path) -> None:
+    reporter = Silent()
+    summary = run_job(job(folder, tmp_path / "out"), reporter)
+    results = mr.read_results(str(tmp_path / "out"))
+    assert (summary.images, summary.errors, summary.rows, summary.masks) == (3, 4, 6, 900)
+    assert {row.image_id for row in results} == {"a.png", "deep/b.jpg", "deep/er/c.bmp"}
+    assert {row.image_id: row.stage for row in results.errors} == dict.fromkeys(
+        ["cut.jpg", "text.png", "empty.png", "gone.png"], "read"
+    )
+    messages = {row.image_id: row.error for row in results.errors}
+    assert "truncated" in messages["cut.jpg"]
+    assert "not an image" in messages["text.png"]
+    assert "no such file" in messages["gone.png"]
+    assert all(row.uri in row.error and "\n" not in row.error for row in results.errors)
+    assert results.job["state"] == "done"
+    assert results.job["counts"]["images"] == 3
+    assert results.job["spec"]["explain"]["masks"] == 300
+    assert reporter.masks == 900
+
+
+def test_rows_say_what_explain_says(folder: Path, tmp_path: Path) -> None:
+    run_job(job(folder, tmp_path / "out", standard_error=True), Silent())
+    model = mr.load_model(NETWORK)
+    for row in mr.read_results(str(tmp_path / "out")):
+        image = model.prepare(mr.read_image(row.uri))
+        result = mr.explain(model, image, [row.target], SPEC)
+        np.testing.assert_allclose(row.map, result.maps[0], atol=1e-6)
+        np.testing.assert_allclose(row.baseline, result.baseline[0], atol=1e-6)
+        np.testing.assert_allclose(row.standard_error, result.standard_error[0], atol=1e-6)
+        np.testing.assert_allclose(row.score, result.score[0], atol=1e-6)
+        assert row.relative_error == pytest.approx(result.relative_error[0], rel=1e-5)
+        assert (row.height, row.width, row.masks, row.method) == (20, 24, 300, "mc-rise")
+        assert (row.target_role, row.target_name, row.spec_hash) == ("asked", None, SPEC.hash)
+
+
+@pytest.mark.parametrize("actors", [1, 2, 3])
+def test_actors_give_the_bits_of_one_process(
+    local_ray: None, folder: Path, tmp_path: Path, actors: int
+) -> None:
+    """The partition law: one thread each, any number of actors."""
+    run_job(job(folder, tmp_path / "alone"), Silent())
+    run_job(job(folder, tmp_path / "ray", actors=actors), Silent())
+    alone, together = maps(tmp_path / "alone"), maps(tmp_path / "ray")
+    assert len(alone) == 6
+    assert alone.keys() == together.keys()
+    for key, value in alone.items():
+        np.testing.assert_array_equal(value, together[key])
+    assert len(mr.read_results(str(tmp_path / "ray")).errors) == 4
+
+
+def test_explain_gives_the_bits_of_actors(local_ray: None, folder: Path, tmp_path: Path) -> None:
+    run_job(job(folder / "deep" / "er", tmp_path / "out", actors=2), Silent())
+    model = mr.load_model(NETWORK)
+    image = model.prepare(mr.read_image(str(folder / "deep/er/c.bmp")))
+    result = mr.explain(model, image, (0, 3), SPEC)
+    found = maps(tmp_path / "out")
+    np.testing.assert_array_equal(result.maps, np.stack([found["c.bmp", 0], found["c.bmp", 3]]))
+
+
+def test_a_model_that_cannot_be_built_stops_the_job_with_its_own_error(
+    local_ray: None, folder: Path, tmp_path: Path
+) -> None:
+    broken = job(folder, tmp_path / "out", model=ModelSpec(model="blackboxes:broken"), actors=2)
+    with pytest.raises(errors.ModelError, match="blackboxes:broken raised RuntimeError: no such checkpoint"):
+        run_job(broken, Silent())
+
+
+def test_local_ray_listens_on_loopback_only(local_ray: None) -> None:
+    family = {process.pid for process in psutil.Process().children(recursive=True)} | {os.getpid()}
+    listening = {
+        connection.laddr.ip
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.pid in family
+    }
+    assert listening, "expected Ray to listen somewhere"
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_local_ray_leaves_the_environment_as_it_was(local_ray: None) -> None:
+    assert ray.is_initialized()
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+
+
+def test_duckdb_reads_the_maps(folder: Path, tmp_path: Path) -> None:
+    run_job(job(folder, tmp_path / "out"), Silent())
+    rows = duckdb.sql(
+        f"select image_id, target, colors, height, width, map from '{tmp_path}/out/maps/*.parquet'"
+    ).fetchall()
+    expected = maps(tmp_path / "out")
+    assert len(rows) == 6
+    for image_id, target, colors, height, width, values in rows:
+        array = np.array(values, np.float32).reshape(len(colors), height, width)
+        np.testing.assert_array_equal(array, expected[image_id, target])
+    stages = duckdb.sql(f"select stage, count(*) from '{tmp_path}/out/errors/*.parquet' group by stage")
+    assert stages.fetchall() == [("read", 4)]
+
+
+def test_pandas_reads_the_maps(folder: Path, tmp_path: Path) -> None:
+    run_job(job(folder, tmp_path / "out"), Silent())
+    frame = pd.read_parquet(tmp_path / "out" / "maps")
+    expected = maps(tmp_path / "out")
+    assert len(frame) == 6
+    for row in frame.itertuples():
+        array = row.map.reshape(len(row.colors), row.height, row.width)
+        np.testing.assert_array_equal(array, expected[row.image_id, row.target])
+    assert list(frame.columns) == [
+        "image_id", "uri", "height", "width", "target", "target_name", "target_role", "score", "method",
+        "colors", "masks", "relative_error", "map", "baseline", "standard_error", "seconds", "spec_hash",
+    ]  # fmt: skip
+
+
+def test_results_of_an_earlier_job_are_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    run_job(job(folder, tmp_path / "out"), Silent())
+    with pytest.raises(errors.StoreError, match=r"found job.json in .*another --output"):
+        run_job(job(folder, tmp_path / "out"), Silent())
+
+
+def test_a_failing_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path / "out"))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(errors.StoreError, match=r"cannot write job.json .*No space left on device"):
+        store.write_job({"state": "running"})
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("location", "message"), [("/proc/nothing", "cannot write"), ("nosuch://bucket/x", "cannot open nosuch")]
+)
+def test_an_impossible_output_is_named(folder: Path, tmp_path: Path, location: str, message: str) -> None:
+    with pytest.raises(errors.StoreError, match=message + r".*check --output"):
+        run_job(job(folder, tmp_path).model_copy(update={"output": location}), Silent())
+
+
+def test_no_results_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(errors.StoreError, match=r"cannot read job\.json"):
+        mr.read_results(str(tmp_path))
+
+
+def test_labels_of_a_manifest_are_explained_beside_the_prediction(folder: Path, tmp_path: Path) -> None:
+    model = mr.load_model(NETWORK)
+    image = model.prepare(mr.read_image(str(folder / "a.png")))
+    (predicted,) = mr.explain(model, image, spec=SPEC).targets
+    truth = (predicted + 1) % 4
+    (folder / "list.csv").write_text(f"uri,label\na.png,{truth}\ndeep/b.jpg,\n")
+    summary = run_job(job(folder / "list.csv", tmp_path / "out", targets="predicted+truth"), Silent())
+    rows = list(mr.read_results(str(tmp_path / "out")))
+    assert (summary.images, summary.errors) == (1, 1)
+    assert {row.target_role: row.target for row in rows} == {"predicted": predicted, "truth": truth}
+    (error,) = mr.read_results(str(tmp_path / "out")).errors
+    assert (error.image_id, error.stage) == ("deep/b.jpg", "explain")
+    assert "expected a label" in error.error
+
+
+def test_one_figure_per_image_whatever_its_name(folder: Path, tmp_path: Path) -> None:
+    spec = job(folder / "deep", tmp_path / "out", figures=5)
+    run_job(spec, Silent())
+    drawn: list[str] = []
+    draw_figures(spec, drawn.append)
+    assert len(set(drawn)) == 2
+    for path in drawn:
+        with Image.open(path) as figure:
+            assert figure.width > 600
+
+
+# The ledger, without any worker.
+
+
+def inspection() -> Inspection:
+    return Inspection((Target(1, None, "asked", 0.5),), (4, 4), 0.0)
+
+
+def sums(value: float, masks: int) -> UnitResult:
+    one = np.full((1, 1, 4, 4), float(value))
+    return UnitResult(Partial(masks, 1, one, one[0], one), 0.1)
+
+
+def test_the_ledger_reduces_in_index_order_and_counts_each_unit_once() -> None:
+    spec = ExplainSpec(masks=192, colors="black")
+    ledger = Ledger([ImageRef("a", "a")], spec, lookahead=1)
+    task = ledger.next_task()
+    assert isinstance(task, InspectTask)
+    assert ledger.next_task() is None
+    assert ledger.inspected(task.image, inspection()) is None
+    tasks = [ledger.next_task() for _ in range(3)]
+    assert ledger.next_task() is None
+    assert all(isinstance(t, UnitTask) for t in tasks)
+    values = [1e16, 1.0, -1e16]  # in floating point the order shows
+    ended = [ledger.returned(tasks[i], sums(values[i], 64)) for i in (2, 0, 1)]  # type: ignore[arg-type]
+    assert ended[:2] == [None, None]
+    assert isinstance(ended[2], Finished)
+    assert ended[2].total.raw[0, 0, 0, 0] == (1e16 + 1.0) - 1e16
+    assert ended[2].total.masks == 192
+    assert ledger.finished
+    assert ledger.returned(tasks[0], sums(5, 64)) is None  # type: ignore[arg-type]
+
+
+def test_the_ledger_drops_the_rest_of_an_image_that_failed() -> None:
+    spec = ExplainSpec(masks=192, colors="black")
+    ledger = Ledger([ImageRef("a", "a"), ImageRef("b", "b")], spec, lookahead=1)
+    first = ledger.next_task()
+    assert isinstance(first, InspectTask)
+    ledger.inspected(first.image, inspection())
+    second = ledger.next_task()
+    assert isinstance(second, InspectTask)
+    unit = ledger.next_task()
+    other = ledger.next_task()
+    assert isinstance(unit, UnitTask)
+    assert isinstance(other, UnitTask)
+    failed = ledger.returned(unit, Failure("explain", "NaN"))
+    assert failed is not None
+    assert failed.image.image_id == "a"
+    assert ledger.returned(other, sums(1, 64)) is None
+    ledger.inspected(second.image, Failure("read", "gone"))
+    assert ledger.next_task() is None
+    assert ledger.finished
+
+
+def test_a_lazy_listing_is_not_drained() -> None:
+    taken: list[int] = []
+
+    def images() -> Iterator[ImageRef]:
+        for n in range(10**9):
+            taken.append(n)
+            yield ImageRef(str(n), str(n))
+
+    ledger = Ledger(images(), ExplainSpec(masks=64), lookahead=2)
+    while ledger.next_task() is not None:
+        pass
+    assert len(taken) == 3
+
+
+# The command line.
+
+
+def mcrise(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+COMMON = ("--model", "blackboxes:small_network", "--size", "20x24", "--masks", "64", "--figures", "0")
+
+
+def test_explain_from_the_command_line(folder: Path, tmp_path: Path) -> None:
+    """The installed command itself, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = Path(sys.executable).with_name("mcrise")
+    options = [*COMMON, "--target", "2", "--output", "out", "--figures", "1"]
+    done = subprocess.run(
+        [command, "explain", folder / "a.png", *options],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 images explained, 0 errors, 1 maps, 64 masks" in done.stdout
+    assert "figures: out/figures/" in done.stdout
+    assert json.loads((tmp_path / "out/job.json").read_text())["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--p-mask", "0"), "p_mask: expected a probability"),
+        (("--p-mask", "1"), "p_mask: expected a probability"),
+        (("--masks", "0"), "masks: expected 1 to"),
+        (("--grid", "8"), "--grid: expected two whole numbers"),
+        (("--model", "blackboxes:broken"), "no such checkpoint"),
+        (("--model", "blackboxes:nowhere"), "cannot import --model blackboxes:nowhere"),
+        (("--model", "torchvision:resnet19"), "did you mean: resnet1"),
+        (("--model", "resnet50"), "expected --model torchvision:NAME"),
+        (("--weights", "none.safetensors"), "check --weights"),
+        (("--mean", "1,2"), "--mean: expected three numbers"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_knob(
+    folder: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = mcrise("explain", folder / "a.png", *COMMON, "--output", tmp_path / "out", *arguments)
+    assert done.exit_code == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_bad_image_or_target_fails_alone(folder: Path, tmp_path: Path) -> None:
+    output = ("--output", tmp_path / "out")
+    done = mcrise("explain", folder / "missing.png", folder / "a.png", *COMMON, *output)
+    assert done.exit_code == 1
+    assert "missing.png: no such file" in done.stderr
+    assert "1 images explained, 1 errors" in done.stdout
+    done = mcrise("explain", folder / "a.png", *COMMON, *output, "--target", "4", "--overwrite")
+    assert done.exit_code == 1
+    assert "expected a target from 0 to 3" in done.stderr
