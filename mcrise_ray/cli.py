@@ -143,7 +143,7 @@ def audit(
 @app.command()
 def demo(
     output: Output = "mcrise-demo",
-    masks: MaskCount = 2000,
+    masks: MaskCount = 4000,
     actors: Annotated[int, typer.Option(min=1, help="Actors that each hold the model.")] = 2,
 ) -> None:
     """Explain the bundled traffic signs with the bundled classifier on local Ray."""

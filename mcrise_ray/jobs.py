@@ -159,7 +159,7 @@ def _by_image(results: Results) -> Iterator[tuple[str, list[MapRow]]]:
 
 def _title(row: MapRow) -> str:
     name = f"{row.target_name} ({row.target})" if row.target_name else f"class {row.target}"
-    return f"{row.target_role}: {name}\nscore {row.score:.3f}"
+    return f"{row.target_role}\n{name}\nscore {row.score:.3f}"
 
 
 def _drain(

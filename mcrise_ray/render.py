@@ -50,7 +50,7 @@ def draw(image: UInt8[np.ndarray, "H W 3"], rows: Sequence[FigureRow]) -> Figure
     columns = 1 + max(len(row.maps) for row in rows)
     aspect = image.shape[0] / image.shape[1]
     cell = 1.7
-    figure = Figure(figsize=(cell * columns + 1.0, (cell * aspect + 0.85) * len(rows)), layout="constrained")
+    figure = Figure(figsize=(cell * columns + 1.0, (cell * aspect + 0.7) * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, line in zip(rows, axes, strict=True):
@@ -88,7 +88,7 @@ def _scale(row: FigureRow) -> Normalize:
 
 
 def _swatch(axis: Axes, color: str) -> None:
-    axis.set_title(color_name(color), fontsize=8, pad=14)
+    axis.set_title(color_name(color), fontsize=8, pad=15)
     axis.add_patch(
         Rectangle(
             (0.3, 1.02),
