@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mcrise_ray import masks as masks
+    from mcrise_ray.decode import DecodeOptions as DecodeOptions
     from mcrise_ray.errors import MCRiseError as MCRiseError
     from mcrise_ray.explainer import Explanation as Explanation
     from mcrise_ray.explainer import explain as explain
+    from mcrise_ray.images import ImageSource as ImageSource
     from mcrise_ray.images import read_image as read_image
     from mcrise_ray.jobs import JobSpec as JobSpec
     from mcrise_ray.jobs import run_job as run_job
@@ -25,8 +27,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Classifier": "scores",
+    "DecodeOptions": "decode",
     "ExplainSpec": "spec",
     "Explanation": "explainer",
+    "ImageSource": "images",
     "JobSpec": "jobs",
     "MCRiseError": "errors",
     "Model": "models",

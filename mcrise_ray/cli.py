@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mcrise_ray.jobs import JobSpec
-    from mcrise_ray.worker import TargetChoice
 
 app = typer.Typer(
     help="Which pixels, and which colours, a vision model needs: RISE, debiased RISE and MC-RISE.",
@@ -22,11 +21,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Images = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)]
 Sources = Annotated[
     list[str],
     typer.Argument(
-        metavar="IMAGES...", help="Folders, CSV manifests (uri,label), or files.", show_default=False
+        metavar="IMAGES...",
+        help="Files, folders, imagefolder:FOLDER, manifests (CSV or Parquet: uri,label,target), Parquet "
+        "with encoded images, WebDataset shards (a-{000..009}.tar), torchvision:GTSRB?root=...&split=test; "
+        "also on s3://, gs://, hdfs://.",
+        show_default=False,
     ),
 ]
 ModelName = Annotated[
@@ -54,7 +56,9 @@ Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: 
 Targets = Annotated[
     list[str],
     typer.Option(
-        "--target", help="predicted, truth, predicted+truth, or a class index or name (repeat for several)."
+        "--target",
+        help="predicted, top5, truth, predicted+truth, manifest (its column target), or a class index or "
+        "name (repeat for several).",
     ),
 ]
 MaskCount = Annotated[int, typer.Option("--masks", "-n", help="N, the number of masks.")]
@@ -69,6 +73,12 @@ Seed = Annotated[int, typer.Option(help="Seed of the masks.")]
 Output = Annotated[str, typer.Option("--output", "-o", help="Folder of the results.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove earlier results from the output first.")]
 BatchSize = Annotated[int, typer.Option(help="Masked images per call of the model.")]
+AllowTruncated = Annotated[
+    bool, typer.Option("--allow-truncated", help="Decode files that end too early instead of refusing them.")
+]
+MaxPixels = Annotated[
+    int | None, typer.Option(min=1, help="Refuse larger images.  [default: 89478485]", show_default=False)
+]
 Figures = Annotated[int, typer.Option(help="Draw the first so many images.")]
 StandardError = Annotated[
     bool, typer.Option("--standard-error", help="Store the standard error of every pixel too.")
@@ -77,7 +87,7 @@ StandardError = Annotated[
 
 @app.command()
 def explain(
-    images: Images,
+    images: Sources,
     model: ModelName,
     weights: Weights = None,
     classes: Classes = None,
@@ -96,6 +106,8 @@ def explain(
     seed: Seed = 0,
     output: Output = "mcrise-results",
     overwrite: Overwrite = False,
+    allow_truncated: AllowTruncated = False,
+    max_pixels: MaxPixels = None,
     batch_size: BatchSize = 64,
     figures: Figures = 100,
     standard_error: StandardError = False,
@@ -125,6 +137,8 @@ def audit(
     seed: Seed = 0,
     output: Output = "mcrise-results",
     overwrite: Overwrite = False,
+    allow_truncated: AllowTruncated = False,
+    max_pixels: MaxPixels = None,
     batch_size: BatchSize = 64,
     figures: Figures = 100,
     standard_error: StandardError = False,
@@ -162,7 +176,7 @@ def demo(
                 preprocessing={"size": bundled.SIZE, "mean": bundled.MEAN, "std": bundled.STD},
             ),
             output=output,
-            targets="predicted+truth",
+            targets=("predicted", "truth"),
             explain=ExplainSpec(masks=masks),
             actors=actors,
         )
@@ -180,6 +194,7 @@ def _run(
 def _job_spec(
     options: dict[str, Any], actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
 ) -> JobSpec:
+    from mcrise_ray.decode import DecodeOptions
     from mcrise_ray.jobs import JobSpec
     from mcrise_ray.models import ModelSpec
     from mcrise_ray.spec import ExplainSpec
@@ -207,11 +222,13 @@ def _job_spec(
         seed=options["seed"],
         **fills,
     )
+    limit = {} if options["max_pixels"] is None else {"max_pixels": options["max_pixels"]}
     return JobSpec(
         images=tuple(options["images"]),
         model=model,
         output=options["output"],
-        targets=_targets(options["target"]),
+        targets=options["target"],
+        decode=DecodeOptions(allow_truncated=options["allow_truncated"], **limit),
         explain=spec,
         actors=actors,
         cpus_per_actor=cpus_per_actor,
@@ -261,13 +278,6 @@ def _one_line_errors() -> Iterator[None]:
     except MCRiseError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def _targets(given: list[str]) -> TargetChoice:
-    match given:
-        case ["predicted" | "truth" | "predicted+truth" as choice]:
-            return choice
-    return tuple(int(target) if target.lstrip("-").isdigit() else target for target in given)
 
 
 def _pair(option: str, text: str) -> tuple[int, int]:

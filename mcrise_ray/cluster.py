@@ -12,11 +12,12 @@ from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.dispatch import Failed, Finished, InspectTask, Ledger, Task, UnitTask
 from mcrise_ray.errors import ClusterError, MCRiseError
 from mcrise_ray.models import ModelSpec
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.worker import TargetChoice, Worker
+from mcrise_ray.worker import Worker
 
 IN_FLIGHT = 2  # tasks per actor: one runs while the next one's arguments travel
 
@@ -127,7 +128,8 @@ def start_actors(
     count: int,
     model: ModelSpec,
     spec: ExplainSpec,
-    targets: TargetChoice,
+    targets: Sequence[int | str],
+    decode: DecodeOptions,
     *,
     batch_size: int,
     cpus: int,
@@ -139,7 +141,7 @@ def start_actors(
         ModelError: the model cannot be built.
     """
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Worker)
-    actors = [remote.remote(model, spec, targets, batch_size, cpus) for _ in range(count)]
+    actors = [remote.remote(model, spec, targets, batch_size, cpus, decode) for _ in range(count)]
     for actor in actors:
         _outcome(actor.load.remote())
     return actors

@@ -1,86 +1,352 @@
-"""From files and folders to decoded RGB arrays."""
+"""From what a user writes for "my images" to a lazy list of references, and from a reference to pixels."""
 
 from __future__ import annotations
 
 import csv
+import io
+import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import chain, count
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mcrise_ray import files, shards
+from mcrise_ray.decode import DecodeOptions, decode
 from mcrise_ray.errors import ImageError
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES: Final = frozenset(
+    f".{name}"
+    for name in (
+        *("avif", "bmp", "dib", "gif", "ico", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg"),
+        *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
+    )
+)
+"""What counts as an image in a folder or shard; a file given by name may be called anything."""
+
+IMAGE_FOLDER: Final = "imagefolder:"
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image by name: what the driver knows of it.
+    """An image by name: what the driver knows of it, and all that a worker needs to read it.
 
     Attributes:
-        image_id: unique within a job, the same every time the job is listed.
-        uri: where its bytes are.
-        label: index of its true class, where known.
+        image_id: unique within a job, the same every time the same sources are listed.
+        uri: where its bytes are; see `read_image`.
+        label: its true class, by index or by name, where known.
+        targets: the classes to explain that its manifest asks for, by index or by name.
+        problem: why it cannot be explained, where listing it showed that; it gets an error row.
     """
 
     image_id: str
     uri: str
-    label: int | None = None
+    label: int | str | None = None
+    targets: tuple[int | str, ...] = ()
+    problem: str | None = None
 
 
-def list_folder(folder: str) -> Iterator[ImageRef]:
-    """Image files below a folder, in sorted order; `image_id` is the path relative to the folder.
+class ImageSource:
+    """Images as users have them, listed lazily, from the start every time it is iterated.
+
+    Args:
+        sources: any of these, locally or on `s3://`, `gs://`, `hdfs://`; `{000..009}` stands for a range.
+
+            | source | `image_id` | label |
+            | --- | --- | --- |
+            | a file | as given | |
+            | a folder, searched recursively for `SUFFIXES` | path below the folder | |
+            | `imagefolder:FOLDER` | path below the folder | place of its class folder among them, sorted |
+            | `FILE.csv`, `FILE.parquet`: `uri`, optional `label`, `target` | `uri` as written | `label` |
+            | `FILE.parquet` with encoded images `{bytes, path}` | `path`, or `row=N` | `label` |
+            | `FILE.tar`, a WebDataset shard | `SHARD/MEMBER` | of its `.cls`, or `label` of its `.json` |
+            | `torchvision:GTSRB?root=...&split=test` | index in the dataset | its target |
+
+    An `image_id` that was there before in the listing gets its place in the listing behind it (`a.png#17`),
+    so that images of one name neither meet nor vanish. Memory stays flat, because a Bloom filter remembers
+    what was there: at 10 million names, about 1 in 100,000 gets a number that it does not need.
+
+    Relative `uri`s start at the manifest's folder. A label or target is an index where it is written as a
+    whole number, a class name otherwise; several targets are separated by `|`, or a list in Parquet.
+
+    Whatever goes wrong in the middle of a listing (a manifest's row, a shard, a folder that cannot be read)
+    comes as an `ImageRef` with a `problem`.
 
     Raises:
-        ImageError: there is no such folder.
+        ImageError: the first source of its kind is not there, or is not what its name says.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ImageError(f"expected a folder of images, found nothing of the kind at {folder}")
-    for directory, subdirectories, files in os.walk(root):
-        subdirectories.sort()
-        for name in sorted(files):
-            path = Path(directory, name)
-            if path.suffix.lower() in SUFFIXES:
-                yield ImageRef(path.relative_to(root).as_posix(), str(path))
+
+    def __init__(self, sources: str | Sequence[str]) -> None:
+        self.sources = (sources,) if isinstance(sources, str) else tuple(sources)
+        for source in self.sources:
+            try:
+                _check(next(_expand(source)))
+            except ImageError as error:
+                raise ImageError(f"{files.shown(source)}: {error}") from error
+
+    def __iter__(self) -> Iterator[ImageRef]:
+        seen = _Seen()
+        expanded = chain.from_iterable(_expand(source) for source in self.sources)
+        for place, ref in enumerate(chain.from_iterable(_list(source) for source in expanded), start=1):
+            unique = ref
+            while not seen.add(unique.image_id):
+                unique = replace(unique, image_id=f"{unique.image_id}#{place}")
+            yield unique
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes that the labels count, from the first source that has any."""
+        named = (_class_names(source) for source in self.sources)
+        return next((names for names in named if names), ())
 
 
-def list_manifest(manifest: str) -> Iterator[ImageRef]:
-    """Images named by a CSV file with the columns `uri` and, optionally, `label`.
+def read_image(uri: str, options: DecodeOptions | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """Read and decode one image, in whatever process, from its URI alone; see `decode` for the conversion.
 
-    Relative URIs start at the manifest's folder; `image_id` is the URI as written.
+    Args:
+        uri: a local path, a `file://`, `s3://`, `gs://` or `hdfs://` URL, or a place inside a larger file as
+            `shards` writes it.
+        options: what is decoded and what is refused.
 
     Raises:
-        ImageError: there is no such file, or a row does not fit.
+        ImageError: missing, unreadable, refused, or no image.
     """
-    root = Path(manifest).parent
+    options = DecodeOptions() if options is None else options
     try:
-        with open(manifest, newline="", encoding="utf-8") as file:
-            for number, row in enumerate(csv.DictReader(file), start=2):
-                if not row.get("uri"):
-                    raise ImageError(f"{manifest}, line {number}: expected a column uri, found {list(row)}")
-                label = row.get("label")
-                yield ImageRef(row["uri"], str(root / row["uri"]), int(label) if label else None)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"cannot read the manifest {manifest}: {error}") from error
+        content = shards.read_inside(uri, options)
+        if isinstance(content, np.ndarray):
+            return content
+        return decode(files.read_bytes(uri) if content is None else content, options)
+    except ImageError as error:
+        raise ImageError(f"{files.shown(uri)}: {error}") from error
 
 
-def read_image(uri: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Decode a file to RGB, with its EXIF orientation applied.
+def _expand(source: str) -> Iterator[str]:
+    """`a-{08..10}.tar` as a-08.tar, a-09.tar, a-10.tar; a file that is really called so stands for itself."""
+    match = _RANGE.search(source)
+    if match is None or (not files.is_url(source) and os.path.lexists(source)):
+        yield source
+        return
+    first, last = int(match[1]), int(match[2])
+    if first > last:
+        raise ImageError(f"expected a range that goes up, found {match[0]}")
+    for number in range(first, last + 1):
+        yield from _expand(f"{source[: match.start()]}{number:0{len(match[1])}}{source[match.end() :]}")
 
-    Raises:
-        ImageError: missing, unreadable, truncated, or no image.
-    """
+
+def _kind(source: str) -> str:
+    """Which row of the table in `ImageSource` a source belongs to."""
+    if source.startswith(shards.TORCHVISION):
+        return "file" if re.search(r"#\d+$", source) else "torchvision"
+    if source.startswith(IMAGE_FOLDER):
+        return "imagefolder"
+    if shards.is_inside(source):
+        return "file"
+    found = files.kind_of(source)
+    name = files.base_name(source).lower()
+    if found == "folder":
+        return "folder"
+    if name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.zst", ".tar.bz2")):
+        raise ImageError(
+            "expected an uncompressed tar file, because members are read where they lie; unpack it"
+        )
+    suffix = os.path.splitext(name)[1]
+    if found == "missing" and suffix not in SUFFIXES:
+        raise ImageError("expected a file or a folder, found nothing there")
+    return suffix[1:] if suffix in {".csv", ".parquet", ".tar"} else "file"
+
+
+def _check(source: str) -> None:
+    """Raise before the job starts what would meet all of a source."""
+    match _kind(source):
+        case "torchvision":
+            shards.torchvision_dataset(source)
+        case "imagefolder":
+            if not files.subfolders(source.removeprefix(IMAGE_FOLDER)):
+                raise ImageError("expected one folder per class, found no folders")
+        case "csv":
+            with files.open_seekable(source) as file:
+                _csv_columns(_csv_reader(file))
+        case "parquet":
+            _parquet_columns(shards.open_parquet(source).schema_arrow)
+
+
+def _list(source: str) -> Iterator[ImageRef]:
+    """Images of one source after expansion; ends with a problem where the rest cannot be listed."""
     try:
-        with Image.open(uri) as file:
-            return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-    except FileNotFoundError:
-        raise ImageError(f"{uri}: no such file") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{uri}: not an image, or of a kind that Pillow cannot read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{uri}: damaged image: {error}") from error
+        match _kind(source):
+            case "folder":
+                yield from _list_folder(source, {})
+            case "imagefolder":
+                folder = source.removeprefix(IMAGE_FOLDER)
+                yield from _list_folder(folder, {name: i for i, name in enumerate(files.subfolders(folder))})
+            case "csv":
+                yield from _list_csv(source)
+            case "parquet":
+                yield from _list_parquet(source)
+            case "tar":
+                shard = files.location_of(source)
+                for found in shards.list_tar(shard, SUFFIXES):
+                    yield _inside(found, f"{files.printable(files.base_name(source))}/")
+            case "torchvision":
+                yield from map(_inside, shards.list_torchvision(source))
+            case _:
+                yield ImageRef(files.printable(source), files.location_of(source))
+    except ImageError as error:
+        name = files.printable(source)
+        yield ImageRef(name, name, problem=f"{files.shown(name)}: {error}")
+
+
+def _list_folder(folder: str, classes: dict[str, int]) -> Iterator[ImageRef]:
+    for relative, location, problem in files.walk(folder):
+        if problem is not None:
+            image_id = relative or files.printable(folder)
+            yield ImageRef(image_id, location, problem=f"{files.shown(location)}: {problem}")
+        elif os.path.splitext(relative)[1].lower() in SUFFIXES:
+            yield ImageRef(relative, location, classes.get(relative.partition("/")[0]))
+
+
+def _inside(found: shards.Inside, prefix: str = "") -> ImageRef:
+    image_id = prefix + found.name
+    try:
+        return ImageRef(image_id, found.uri, _label(found.label))
+    except ValueError as error:
+        return ImageRef(image_id, found.uri, problem=f"{files.shown(found.uri)}: {error}")
+
+
+def _list_csv(manifest: str) -> Iterator[ImageRef]:
+    base = files.parent(manifest)
+    with files.open_seekable(manifest) as file:
+        reader = _csv_reader(file)
+        columns = _csv_columns(reader)
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield _bad_row(f"{manifest}#line={reader.line_num}", str(error))
+                continue
+            if row:
+                values = [
+                    row[column] if column is not None and column < len(row) else None for column in columns
+                ]
+                yield _manifest_ref(f"{manifest}#line={reader.line_num}", base, *values)
+
+
+def _csv_reader(file: Any) -> Any:
+    # Names that are no UTF-8 survive, as they do in a folder.
+    return csv.reader(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""))
+
+
+def _csv_columns(reader: Any) -> list[int | None]:
+    header = [name.strip().lower() for name in next(reader, [])]
+    if "uri" not in header:
+        raise ImageError(f"expected a first line with the columns uri[,label][,target], found {header}")
+    return [header.index(name) if name in header else None for name in ("uri", "label", "target")]
+
+
+def _list_parquet(location: str) -> Iterator[ImageRef]:
+    location = files.location_of(location)
+    file = shards.open_parquet(location)
+    columns = _parquet_columns(file.schema_arrow)
+    if "uri" not in columns:
+        yield from map(_inside, shards.list_parquet(location, columns[0]))
+        return
+    base = files.parent(location)
+    numbers = count()
+    for batch in shards.batches(file, columns):
+        values = {name: batch.column(name).to_pylist() for name in columns}
+        missing = [None] * len(batch)
+        rows = zip(values["uri"], values.get("label", missing), values.get("target", missing), strict=True)
+        for uri, label, target in rows:
+            yield _manifest_ref(f"{location}#row={next(numbers)}", base, uri, label, target)
+
+
+def _parquet_columns(schema: Any) -> list[str]:
+    """The columns to read: those of a manifest, or the one with encoded images."""
+    if "uri" in schema.names:
+        return [name for name in ("uri", "label", "target") if name in schema.names]
+    column = shards.image_column(schema)
+    if column is None:
+        raise ImageError(
+            "expected a column uri, or a column of encoded images {bytes, path}, "
+            f"found {', '.join(schema.names)}"
+        )
+    return [column]
+
+
+def _manifest_ref(where: str, base: str, uri: Any, label: Any, target: Any) -> ImageRef:
+    if not isinstance(uri, str) or not uri:
+        return _bad_row(where, f"expected a uri, found {uri!r}")
+    location = files.join(base, uri)
+    if not uri.isascii():
+        uri, location = files.printable(uri), files.location_of(location)
+    try:
+        return ImageRef(uri, location, _label(label), _manifest_targets(target))
+    except ValueError as error:
+        return ImageRef(uri, location, problem=f"{files.shown(where)}: {error}")
+
+
+def _bad_row(where: str, problem: str) -> ImageRef:
+    where = files.printable(where)
+    return ImageRef(where, where, problem=f"{files.shown(where)}: {problem}")
+
+
+def _label(value: Any) -> int | str | None:
+    """A class by index where it is written as a whole number, by name otherwise, None where empty."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, str):
+        text = value.strip()
+        return int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else files.printable(text)
+    if isinstance(value, float) and math.isnan(value):
+        return None  # how pandas writes a missing number
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        raise ValueError(f"expected a class index or a class name, found {value!r}")
+    return int(value)
+
+
+def _manifest_targets(value: Any) -> tuple[int | str, ...]:
+    values = value.split("|") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    return tuple(target for target in map(_label, values) if target is not None)
+
+
+def _class_names(source: str) -> tuple[str, ...]:
+    first = next(_expand(source))
+    match _kind(first):
+        case "imagefolder":
+            return tuple(files.subfolders(first.removeprefix(IMAGE_FOLDER)))
+        case "parquet":
+            return shards.class_names(shards.open_parquet(first).schema_arrow)
+        case "torchvision":
+            return tuple(str(name) for name in getattr(shards.torchvision_dataset(first), "classes", ()))
+    return ()
+
+
+class _Seen:
+    """A set of names in constant memory that may claim to have one already, but never overlooks one."""
+
+    _BITS = 1 << 29  # 64 MiB, touched as it fills: 1 name in 40,000 is wrongly claimed at 10 million
+
+    def __init__(self) -> None:
+        self._bits = bytearray(self._BITS // 8)
+
+    def add(self, name: str) -> bool:
+        """Whether the name is new."""
+        digest = int.from_bytes(blake2b(name.encode(), digest_size=16).digest(), "little")
+        new = False
+        for _ in range(4):
+            digest, bit = digest >> 29, digest & (self._BITS - 1)
+            place, mask = bit >> 3, 1 << (bit & 7)
+            if not self._bits[place] & mask:
+                self._bits[place] |= mask
+                new = True
+        return new

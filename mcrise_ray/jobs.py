@@ -5,38 +5,43 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.dispatch import Failed, Finished, Ledger, run_serially
 from mcrise_ray.errors import ImageError
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, explanation
-from mcrise_ray.images import ImageRef, list_folder, list_manifest, read_image
+from mcrise_ray.images import ImageRef, ImageSource, read_image
 from mcrise_ray.models import ModelSpec, load_model
 from mcrise_ray.progress import Reporter
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.store import ErrorRow, MapRow, Results, Store, read_results
-from mcrise_ray.worker import TargetChoice, Worker
+from mcrise_ray.targets import TargetChoice
+from mcrise_ray.worker import Worker
 
 _ROWS_PER_FILE = 64
+_COUNTED = 1000  # shorter lists are counted before the start, for the progress bar
+_COUNT_FOR = 0.5  # seconds
 
 
 class JobSpec(StrictModel):
     """Everything that a job is.
 
     Args:
-        images: files, folders (searched recursively), or CSV manifests with `uri` and `label`.
+        images: files, folders, manifests, shards, datasets: see `ImageSource`.
         model: which model.
         output: folder or URL of the results.
-        targets: `"predicted"`, `"truth"`, `"predicted+truth"`, or class indices and names; several targets
-            share one pass.
+        targets: `"predicted"`, `"top5"`, `"truth"`, `"predicted+truth"`, `"manifest"`, or class indices and
+            names; see `parse_targets`. Several targets share one pass.
+        decode: what is decoded and what is refused.
         explain: method, masks, fills.
         actors: Ray actors that each hold the model; 0 runs in this process without Ray; None takes one per
             GPU, or one per `cpus_per_actor` cores where there is no GPU.
@@ -50,7 +55,8 @@ class JobSpec(StrictModel):
     images: tuple[str, ...]
     model: ModelSpec
     output: str
-    targets: TargetChoice = "predicted"
+    targets: TargetChoice = ("predicted",)
+    decode: DecodeOptions = Field(default_factory=DecodeOptions)
     explain: ExplainSpec = Field(default_factory=ExplainSpec)
     actors: int | None = Field(default=None, ge=0)
     cpus_per_actor: int = Field(default=1, ge=1)
@@ -87,14 +93,14 @@ def run_job(job: JobSpec, reporter: Reporter) -> Summary:
     Raises:
         MCRiseError: the job cannot run at all: no images, no model, no output, no Ray.
     """
-    images = list_images(job.images)
+    images, count = _count_if_short(ImageSource(job.images))
     store = Store(job.output)
     store.refuse_existing()
     if job.actors == 0:
-        worker = Worker(job.model, job.explain, job.targets, job.batch_size)
+        worker = Worker(job.model, job.explain, job.targets, job.batch_size, decode=job.decode)
         reporter.note(f"model {job.model.model} on {worker.load()}, in this process")
         ledger = Ledger(images, job.explain, lookahead=1)
-        return _drain(job, store, reporter, images, run_serially(ledger, worker, reporter.masks_done))
+        return _drain(job, store, reporter, count, run_serially(ledger, worker, reporter.masks_done))
 
     from mcrise_ray import cluster
 
@@ -106,6 +112,7 @@ def run_job(job: JobSpec, reporter: Reporter) -> Summary:
             job.model,
             job.explain,
             job.targets,
+            job.decode,
             batch_size=job.batch_size,
             cpus=job.cpus_per_actor,
             gpus=gpus,
@@ -113,22 +120,7 @@ def run_job(job: JobSpec, reporter: Reporter) -> Summary:
         reporter.note(f"model {job.model.model} on {actors} actors, {job.cpus_per_actor} cores each")
         ledger = Ledger(images, job.explain, lookahead=actors)
         outcomes = cluster.explain_images(ledger, handles, reporter.masks_done)
-        return _drain(job, store, reporter, images, outcomes)
-
-
-def list_images(sources: Sequence[str]) -> list[ImageRef]:
-    """Images of files, folders and CSV manifests; a file is known by the path it was given as."""
-    images: list[ImageRef] = []
-    for source in sources:
-        if os.path.isdir(source):
-            images.extend(list_folder(source))
-        elif source.endswith(".csv"):
-            images.extend(list_manifest(source))
-        else:
-            images.append(ImageRef(source, source))
-    if not images:
-        raise ImageError(f"expected images, found none in {', '.join(sources)}")
-    return images
+        return _drain(job, store, reporter, count, outcomes)
 
 
 def draw_figures(job: JobSpec, on_figure: Callable[[str], None]) -> None:
@@ -141,8 +133,22 @@ def draw_figures(job: JobSpec, on_figure: Callable[[str], None]) -> None:
         lines = [
             render.FigureRow(_title(row), row.method, row.colors, row.map, row.relative_error) for row in rows
         ]
-        picture = render.draw(prepare(read_image(rows[0].uri)), lines)
+        picture = render.draw(prepare(read_image(rows[0].uri, job.decode)), lines)
         on_figure(Store(job.output).write_figure(image_id, render.to_png(picture)))
+
+
+def _count_if_short(source: ImageSource) -> tuple[Iterator[ImageRef], int | None]:
+    """The images, and how many there are where that is soon known: a job starts before its list ends."""
+    until = time.monotonic() + _COUNT_FOR
+    images = iter(source)
+    first: list[ImageRef] = []
+    for image in images:
+        first.append(image)
+        if len(first) > _COUNTED or time.monotonic() > until:
+            return chain(first, images), None
+    if not first:
+        raise ImageError(f"expected images, found none in {', '.join(source.sources)}")
+    return iter(first), len(first)
 
 
 def _by_image(results: Results) -> Iterator[tuple[str, list[MapRow]]]:
@@ -166,12 +172,12 @@ def _drain(
     job: JobSpec,
     store: Store,
     reporter: Reporter,
-    images: list[ImageRef],
+    images: int | None,
     outcomes: Iterable[Finished | Failed],
 ) -> Summary:
     """Commit images as they end, in files of some rows each."""
     began = time.monotonic()
-    reporter.start(len(images), job.explain.masks)
+    reporter.start(images, job.explain.masks)
     store.write_job(_job_file(job, "running", None))
     maps = _Part(store.write_maps)
     errors = _Part(store.write_errors)

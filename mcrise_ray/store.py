@@ -34,7 +34,7 @@ class MapRow:
         image_id, uri: of the image.
         height, width: of the map, which is the model's input; reshape a flat `map` by them and `colors`.
         target, target_name: class index, and its name where known.
-        target_role: `predicted`, `truth`, `asked` or `match`.
+        target_role: `predicted`, `top2` and so on, `truth`, `asked` or `match`.
         score: of the unmasked image.
         method, colors: the map's M channels are the colours for MC-RISE, a single one for the RISE methods.
         masks: N.
@@ -67,7 +67,7 @@ class MapRow:
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """One image that could not be explained: at which stage (`read`, `explain`), and why."""
+    """One image that could not be explained: at which stage (`list`, `read`, `explain`), and why."""
 
     image_id: str
     uri: str

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float64
 
-from mcrise_ray.dispatch import Failure, Inspection, Target, UnitResult
-from mcrise_ray.errors import MCRiseError, TargetError
+from mcrise_ray.decode import DecodeOptions
+from mcrise_ray.dispatch import Failure, Inspection, UnitResult
+from mcrise_ray.errors import MCRiseError
 from mcrise_ray.explainer import Subject, run_unit
 from mcrise_ray.images import ImageRef, read_image
 from mcrise_ray.models import Model, ModelSpec, load_model
 from mcrise_ray.plan import Unit
-from mcrise_ray.scores import check_targets
 from mcrise_ray.spec import ExplainSpec
-
-TargetChoice = Literal["predicted", "truth", "predicted+truth"] | tuple[int | str, ...]
+from mcrise_ray.targets import choose_targets, parse_targets
 
 _SUBJECTS_KEPT = 4  # images held ready: those whose units may still come
 
@@ -34,14 +30,16 @@ class Worker:
         self,
         model: ModelSpec,
         spec: ExplainSpec,
-        targets: TargetChoice,
+        targets: str | Sequence[int | str],
         batch_size: int,
         threads: int | None = None,
+        decode: DecodeOptions | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self._model_spec, self._spec = model, spec
-        self._targets, self._batch_size = targets, batch_size
+        self._targets, self._batch_size = parse_targets(targets), batch_size
+        self._decode = decode
         self._subjects: dict[ImageRef, Subject] = {}
 
     def load(self) -> str:
@@ -55,13 +53,15 @@ class Worker:
 
     def inspect(self, image: ImageRef) -> Inspection | Failure:
         """Decode an image, score it unmasked, and settle its targets."""
+        if image.problem is not None:
+            return Failure("list", image.problem)
         began = time.perf_counter()
         stage = "read"
         try:
             subject = self._subject(image)
             stage = "explain"
             scores = subject.scores()
-            targets = choose_targets(self._targets, image.label, scores, self._model)
+            targets = choose_targets(self._targets, image, scores, self._model)
         except MCRiseError as error:
             return Failure(stage, str(error))
         return Inspection(targets, subject.size, time.perf_counter() - began)
@@ -81,34 +81,9 @@ class Worker:
     def _subject(self, image: ImageRef) -> Subject:
         subject = self._subjects.pop(image, None)
         if subject is None:
-            subject = Subject(self._model, self._model.prepare(read_image(image.uri)), self._spec)
+            pixels = read_image(image.uri, self._decode)
+            subject = Subject(self._model, self._model.prepare(pixels), self._spec)
             while len(self._subjects) >= _SUBJECTS_KEPT:
                 del self._subjects[next(iter(self._subjects))]
         self._subjects[image] = subject
         return subject
-
-
-def choose_targets(
-    choice: TargetChoice, label: int | None, scores: Float64[np.ndarray, " C"], model: Model
-) -> tuple[Target, ...]:
-    """The targets of one image, each once, with the reason for which it was chosen.
-
-    Raises:
-        TargetError: the model has no such class, or the truth is asked for and not known.
-    """
-    chosen: dict[int, str] = {}
-    if isinstance(choice, tuple):
-        chosen = {model.class_index(target): "asked" for target in choice}
-    else:
-        if "predicted" in choice:
-            chosen[int(scores.argmax())] = "predicted"
-        if "truth" in choice:
-            if label is None:
-                raise TargetError(
-                    "expected a label for target 'truth', found none; list images in a manifest"
-                )
-            chosen.setdefault(label, "truth")
-    check_targets(list(chosen), len(scores))
-    return tuple(
-        Target(index, model.class_name(index), role, float(scores[index])) for index, role in chosen.items()
-    )

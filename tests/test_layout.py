@@ -19,11 +19,15 @@ ORDER = [
     "saliency",
     "scores",
     "models",
+    "files",
+    "decode",
+    "shards",
     "images",
     "plan",
     "explainer",
     "store",
     "dispatch",
+    "targets",
     "worker",
     "cluster",
     "render",
@@ -33,7 +37,7 @@ ORDER = [
     "cli",
 ]
 
-ALLOWED = {"ray": {"cluster", "jobs"}, "pyarrow": {"store", "images"}}
+ALLOWED = {"ray": {"cluster", "jobs"}, "pyarrow": {"store", "files", "shards"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,90 @@
+"""Which classes of an image are explained: what a user asks for, and what that means for one image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from jaxtyping import Float64
+from pydantic import BeforeValidator
+
+from mcrise_ray.dispatch import Target
+from mcrise_ray.errors import TargetError
+from mcrise_ray.images import ImageRef
+from mcrise_ray.models import Model
+from mcrise_ray.scores import check_targets
+
+_WORD = re.compile(r"predicted|truth|manifest|top([1-9][0-9]*)")
+
+
+def parse_targets(asked: Any) -> tuple[int | str, ...]:
+    """What is asked for, as a tuple of class indices, class names and the words below.
+
+    - `predicted`: the class of the highest score; `topN`: the N classes of the highest scores.
+    - `truth`: the image's label. `manifest`: what its manifest asks for.
+
+    Words are joined by `+` (`predicted+truth`); a number in text is an index, any other text a class name.
+
+    Raises:
+        ValueError: nothing is asked for, or something that is neither number nor text.
+    """
+    parts: list[int | str] = []
+    for target in [asked] if isinstance(asked, int | str) else asked:
+        if isinstance(target, bool) or not isinstance(target, int | str) or target == "":
+            raise ValueError(
+                f"expected predicted, truth, manifest, topN, a class index or a class name, found {target!r}"
+            )
+        if isinstance(target, str) and re.fullmatch(r"[+-]?[0-9]+", target):
+            parts.append(int(target))
+        elif isinstance(target, str) and all(_WORD.fullmatch(part) for part in target.split("+")):
+            parts += target.split("+")
+        else:
+            parts.append(target)
+    if not parts:
+        raise ValueError("expected at least one target such as predicted, found none")
+    return tuple(parts)
+
+
+TargetChoice = Annotated[tuple[int | str, ...], BeforeValidator(parse_targets)]
+
+
+def choose_targets(
+    choice: Sequence[int | str], image: ImageRef, scores: Float64[np.ndarray, " C"], model: Model
+) -> tuple[Target, ...]:
+    """The targets of one image, each once, with the first reason for which it was chosen.
+
+    Roles are `predicted`, `top2` and so on, `truth`, and `asked`.
+
+    Raises:
+        TargetError: the model has no such class, or the image has no label or no target of its own.
+    """
+    chosen: dict[int, str] = {}
+    for part in choice:
+        word = _WORD.fullmatch(part) if isinstance(part, str) else None
+        if word is None:
+            chosen.setdefault(model.class_index(part), "asked")
+        elif part == "truth":
+            if image.label is None:
+                raise TargetError(
+                    "expected a label for target 'truth', found none; give one in a manifest (column label), "
+                    "or use imagefolder:FOLDER"
+                )
+            chosen.setdefault(model.class_index(image.label), "truth")
+        elif part == "manifest":
+            if not image.targets:
+                raise TargetError("expected a class in the manifest's column target, found none")
+            for target in image.targets:
+                chosen.setdefault(model.class_index(target), "asked")
+        else:
+            count = int(word[1] or 1)
+            if count > len(scores):
+                raise TargetError(f"expected at most top{len(scores)} (the model's classes), found {part}")
+            # Stable, so that equal scores come in the order of their classes, as argmax has it.
+            for rank, index in enumerate(np.argsort(-scores, kind="stable")[:count], start=1):
+                chosen.setdefault(int(index), "predicted" if rank == 1 else f"top{rank}")
+    check_targets(list(chosen), len(scores))
+    return tuple(
+        Target(index, model.class_name(index), role, float(scores[index])) for index, role in chosen.items()
+    )

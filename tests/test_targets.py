@@ -1,0 +1,83 @@
+"""Which classes are explained, for every way to ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mcrise_ray import JobSpec
+from mcrise_ray.errors import SpecError, TargetError
+from mcrise_ray.images import ImageRef
+from mcrise_ray.models import Model, ModelSpec, Preprocessing
+from mcrise_ray.targets import choose_targets, parse_targets
+
+MODEL = Model(lambda images: images, Preprocessing(), ("cat", "dog", "owl", "fox"), torch.device("cpu"))
+SCORES = np.array([0.1, 0.4, 0.1, 0.4])
+
+
+def chosen(asked: Any, **known: Any) -> list[tuple[int, str]]:
+    image = ImageRef("a.png", "a.png", **known)
+    targets = choose_targets(parse_targets(asked), image, SCORES, MODEL)
+    assert all(target.score == SCORES[target.index] for target in targets)
+    assert all(target.name == MODEL.class_names[target.index] for target in targets)
+    return [(target.index, target.role) for target in targets]
+
+
+@pytest.mark.parametrize(
+    ("asked", "known", "expected"),
+    [
+        ("predicted", {}, [(1, "predicted")]),
+        ("truth", {"label": 2}, [(2, "truth")]),
+        ("truth", {"label": "owl"}, [(2, "truth")]),
+        ("predicted+truth", {"label": 0}, [(1, "predicted"), (0, "truth")]),
+        ("predicted+truth", {"label": 1}, [(1, "predicted")]),
+        ("truth+predicted", {"label": 1}, [(1, "truth")]),
+        ("top1", {}, [(1, "predicted")]),
+        ("top3", {}, [(1, "predicted"), (3, "top2"), (0, "top3")]),
+        ("top2+truth", {"label": 3}, [(1, "predicted"), (3, "top2")]),
+        ("manifest", {"targets": (3, "cat", 3)}, [(3, "asked"), (0, "asked")]),
+        (["fox", 0, "2"], {}, [(3, "asked"), (0, "asked"), (2, "asked")]),
+        (["predicted", "owl"], {}, [(1, "predicted"), (2, "asked")]),
+        (2, {}, [(2, "asked")]),
+    ],
+)
+def test_each_class_once_with_its_reason(
+    asked: Any, known: dict[str, Any], expected: list[tuple[int, str]]
+) -> None:
+    assert chosen(asked, **known) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "known", "message"),
+    [
+        ("truth", {}, "expected a label for target 'truth', found none"),
+        ("truth", {"label": "dgo"}, r"found 'dgo'.*did you mean dog"),
+        ("truth", {"label": -1}, "expected a target from 0 to 3 .*found -1"),
+        ("manifest", {}, "expected a class in the manifest's column target, found none"),
+        ("manifest", {"targets": (9,)}, "expected a target from 0 to 3 .*found 9"),
+        ("top5", {}, r"expected at most top4 \(the model's classes\), found top5"),
+        ("predictd", {}, "expected a class index or a class name, found 'predictd'"),
+    ],
+)
+def test_targets_that_the_image_or_the_model_does_not_have(
+    asked: Any, known: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TargetError, match=message):
+        chosen(asked, **known)
+
+
+@pytest.mark.parametrize("asked", ["", [], [True], [1.5]])
+def test_a_job_refuses_what_is_no_target(asked: Any) -> None:
+    with pytest.raises(SpecError, match="targets: expected"):
+        JobSpec(images=("a.png",), model=ModelSpec(model="torchvision:resnet18"), output="out", targets=asked)
+
+
+def test_a_job_keeps_its_targets_as_a_list() -> None:
+    job = JobSpec(
+        images=("a.png",), model=ModelSpec(model="torchvision:resnet18"), output="out", targets="top5+truth"
+    )
+    assert job.targets == ("top5", "truth")
+    assert JobSpec(**job.model_dump(mode="json")).targets == job.targets
