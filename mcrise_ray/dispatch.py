@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mcrise_ray.images import ImageRef
 from mcrise_ray.plan import Unit, unit, unit_count
@@ -184,6 +184,7 @@ class Ledger:
             self._waiting.remove(image)
 
 
+@runtime_checkable
 class Answers(Protocol):
     """What can do tasks: a `Worker`."""
 

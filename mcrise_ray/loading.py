@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import pickle
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -207,6 +208,11 @@ def first_line(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Why torch refused a file: its first line advises to run the pickled code, the cause stands below it."""
-    cause = re.search(r"(Unsupported (?:global|operand|class)[^.]*\S*)", str(error))
-    return f"it holds pickled code ({cause[1]})" if cause else first_line(error)
+    """Why torch refused a file. Its first line advises to run the pickled code; the cause stands below it."""
+    if code := re.search(
+        r"unsupported global: GLOBAL (\S+)|unsupported GLOBAL (\S+)", str(error), re.IGNORECASE
+    ):
+        return f"it holds pickled code that calls {code[1] or code[2]}"
+    if isinstance(error, pickle.UnpicklingError | KeyError):
+        return "it is no archive of torch.save with tensors alone"
+    return first_line(error)

@@ -148,7 +148,7 @@ def _batch_range(exported: Any, images: Tensor) -> tuple[int, int | None]:
     bounds = exported.range_constraints.get(size.node.expr)
     if bounds is None:
         return 1, None
-    most = int(bounds.upper) if bounds.upper.is_finite else None
+    most = int(bounds.upper) if bounds.upper.is_Integer else None
     return max(1, int(bounds.lower)), most
 
 

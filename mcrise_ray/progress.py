@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 _LOG_EVERY = 5.0  # seconds
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Told about progress by a running job; says nothing of its own accord."""
 

@@ -95,6 +95,10 @@ def load_huggingface(spec: ModelSpec, device: torch.device) -> Loaded:
     name, _ = options_of(spec.model.removeprefix("hf:"), ())
     if spec.weights:
         raise ModelError(f"--weights: expected none, because hf:{name} has its own; name a folder instead")
+    if name.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name)):
+        raise ModelError(f"expected a folder of a transformers model, found none at {name}; check --model")
+    name = os.path.expanduser(name)
+    transformers.utils.logging.disable_progress_bar()
     try:
         network = transformers.AutoModelForImageClassification.from_pretrained(name)
     except Exception as error:
