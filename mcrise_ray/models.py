@@ -33,7 +33,7 @@ class ModelFacts:
 
     Attributes:
         model: the model string.
-        device: where it runs.
+        device: where it runs; `server` where that is not here.
         classes: how many scores it returns.
         preprocessing: complete: the model's own with what was said otherwise.
     """
@@ -53,7 +53,7 @@ class Model:
         preprocessing: how images get there.
         classes: C, how many scores it returns.
         class_names: in index order; empty where nobody told.
-        device: where it runs.
+        device: where it runs; for a server, where its batches are made.
     """
 
     black_box: BlackBox
@@ -132,7 +132,8 @@ def load_model(model: str | ModelSpec, **settings: Any) -> Model:
 
 def facts(spec: ModelSpec, model: Model) -> ModelFacts:
     """What to store of a model that was loaded from a spec."""
-    return ModelFacts(spec.model, str(model.device), model.classes, model.preprocessing)
+    device = "server" if is_server(spec.model) else str(model.device)
+    return ModelFacts(spec.model, device, model.classes, model.preprocessing)
 
 
 def _device(asked: str | None) -> torch.device:
