@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from mcrise_ray.images import read_image as read_image
     from mcrise_ray.jobs import JobSpec as JobSpec
     from mcrise_ray.jobs import run_job as run_job
+    from mcrise_ray.loading import ModelSpec as ModelSpec
     from mcrise_ray.models import Model as Model
-    from mcrise_ray.models import ModelSpec as ModelSpec
     from mcrise_ray.models import load_model as load_model
+    from mcrise_ray.preprocess import Preprocessing as Preprocessing
     from mcrise_ray.scores import Classifier as Classifier
     from mcrise_ray.spec import ExplainSpec as ExplainSpec
     from mcrise_ray.store import read_results as read_results
@@ -34,7 +35,8 @@ _HOMES = {
     "JobSpec": "jobs",
     "MCRiseError": "errors",
     "Model": "models",
-    "ModelSpec": "models",
+    "ModelSpec": "loading",
+    "Preprocessing": "preprocess",
     "explain": "explainer",
     "load_model": "models",
     "read_image": "images",

@@ -35,7 +35,9 @@ ModelName = Annotated[
     str,
     typer.Option(
         "--model",
-        help="torchvision:NAME[?num_classes=N&weights=W], or package.module:factory.",
+        help="torchvision:NAME[?num_classes=N&weights=W], timm:NAME[?num_classes=N&pretrained=true], "
+        "hf:PATH_OR_ID, FILE.pt2, FILE.onnx, package.module:factory, or the URL of a model on a KServe v2 "
+        "server, http(s)://HOST/v2/models/NAME[?timeout=S&max_batch=N&concurrency=N&retries=N].",
         show_default=False,
     ),
 ]
@@ -47,11 +49,22 @@ ModelArgs = Annotated[
     list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument of a factory.")
 ]
 Size = Annotated[str | None, typer.Option(metavar="HxW", help="Size of the model's input.")]
+Resize = Annotated[
+    str | None,
+    typer.Option(help="stretch (the whole image) or crop (its centre).  [default: the model's own]"),
+]
+ShorterSide = Annotated[int | None, typer.Option(help="Of the image before its centre is cut out.")]
+Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
+InputRange = Annotated[
+    str | None, typer.Option(help="What the model reads before normalisation: 0-1 or 0-255.")
+]
 Mean = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Mean of the normalisation, of RGB in [0, 1].")
+    str | None, typer.Option(metavar="R,G,B", help="Mean of the normalisation, in units of the input range.")
 ]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Its standard deviation.")]
-Activation = Annotated[str | None, typer.Option(help="softmax, sigmoid or none.")]
+Activation = Annotated[
+    str | None, typer.Option(help="From the model's output to scores: softmax, sigmoid or none.")
+]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: a GPU where there is one]")]
 Targets = Annotated[
     list[str],
@@ -83,6 +96,10 @@ Figures = Annotated[int, typer.Option(help="Draw the first so many images.")]
 StandardError = Annotated[
     bool, typer.Option("--standard-error", help="Store the standard error of every pixel too.")
 ]
+OriginalSize = Annotated[
+    bool,
+    typer.Option("--original-size", help="Store maps at the size of each image, not of the model's input."),
+]
 
 
 @app.command()
@@ -93,6 +110,10 @@ def explain(
     classes: Classes = None,
     model_arg: ModelArgs = None,
     size: Size = None,
+    resize: Resize = None,
+    shorter_side: ShorterSide = None,
+    interpolation: Interpolation = None,
+    input_range: InputRange = None,
     mean: Mean = None,
     std: Std = None,
     activation: Activation = None,
@@ -111,6 +132,7 @@ def explain(
     batch_size: BatchSize = 64,
     figures: Figures = 100,
     standard_error: StandardError = False,
+    original_size: OriginalSize = False,
 ) -> None:
     """Explain a few images in this process, without Ray."""
     _run(dict(locals()), actors=0, cpus_per_actor=1, gpus_per_actor=None)
@@ -124,6 +146,10 @@ def audit(
     classes: Classes = None,
     model_arg: ModelArgs = None,
     size: Size = None,
+    resize: Resize = None,
+    shorter_side: ShorterSide = None,
+    interpolation: Interpolation = None,
+    input_range: InputRange = None,
     mean: Mean = None,
     std: Std = None,
     activation: Activation = None,
@@ -142,6 +168,7 @@ def audit(
     batch_size: BatchSize = 64,
     figures: Figures = 100,
     standard_error: StandardError = False,
+    original_size: OriginalSize = False,
     actors: Annotated[
         int | None, typer.Option(min=1, help="Actors that each hold the model.  [default: as many as fit]")
     ] = None,
@@ -164,7 +191,7 @@ def demo(
     with _one_line_errors():
         from mcrise_ray import demo as bundled
         from mcrise_ray.jobs import JobSpec
-        from mcrise_ray.models import ModelSpec
+        from mcrise_ray.loading import ModelSpec
         from mcrise_ray.spec import ExplainSpec
 
         job = JobSpec(
@@ -196,11 +223,15 @@ def _job_spec(
 ) -> JobSpec:
     from mcrise_ray.decode import DecodeOptions
     from mcrise_ray.jobs import JobSpec
-    from mcrise_ray.models import ModelSpec
+    from mcrise_ray.loading import ModelSpec
     from mcrise_ray.spec import ExplainSpec
 
     given = {
         "size": options["size"] and _pair("--size", options["size"]),
+        "resize": options["resize"],
+        "shorter_side": options["shorter_side"],
+        "interpolation": options["interpolation"],
+        "input_range": options["input_range"],
         "mean": options["mean"] and _triple("--mean", options["mean"]),
         "std": options["std"] and _triple("--std", options["std"]),
         "activation": options["activation"],
@@ -235,6 +266,7 @@ def _job_spec(
         gpus_per_actor=gpus_per_actor,
         batch_size=options["batch_size"],
         standard_error=options["standard_error"],
+        original_size=options["original_size"],
         figures=options["figures"],
     )
 

@@ -15,7 +15,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.dispatch import Failed, Finished, InspectTask, Ledger, Task, UnitTask
 from mcrise_ray.errors import ClusterError, MCRiseError
-from mcrise_ray.models import ModelSpec
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.models import ModelFacts
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.worker import Worker
 
@@ -134,17 +135,16 @@ def start_actors(
     batch_size: int,
     cpus: int,
     gpus: float,
-) -> list[ActorHandle]:
-    """Actors with the model built; fails fast with the model's own error.
+) -> tuple[list[ActorHandle], ModelFacts]:
+    """Actors with the model built, and what the model is; fails fast with the model's own error.
 
     Raises:
         ModelError: the model cannot be built.
     """
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Worker)
     actors = [remote.remote(model, spec, targets, batch_size, cpus, decode) for _ in range(count)]
-    for actor in actors:
-        _outcome(actor.load.remote())
-    return actors
+    loaded = [_outcome(actor.load.remote()) for actor in actors]
+    return actors, loaded[0]
 
 
 def _submit(actor: ActorHandle, task: Task) -> ray.ObjectRef:

@@ -30,11 +30,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a worker found out about an image before any mask."""
+    """What a worker found out about an image before any mask; sizes are (height, width).
+
+    Attributes:
+        targets: what to explain.
+        size: of the model's input, and of the maps.
+        seconds: it took.
+        original_size: of the image as it was decoded.
+    """
 
     targets: tuple[Target, ...]
     size: tuple[int, int]
     seconds: float
+    original_size: tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from mcrise_ray.dispatch import Failed, Finished, Ledger, run_serially
 from mcrise_ray.errors import ImageError
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, explanation
 from mcrise_ray.images import ImageRef, ImageSource, read_image
-from mcrise_ray.models import ModelSpec, load_model
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.models import ModelFacts, load_model
 from mcrise_ray.progress import Reporter
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.store import ErrorRow, MapRow, Results, Store, read_results
@@ -30,6 +31,7 @@ from mcrise_ray.worker import Worker
 _ROWS_PER_FILE = 64
 _COUNTED = 1000  # shorter lists are counted before the start, for the progress bar
 _COUNT_FOR = 0.5  # seconds
+_BYTES_PER_FILE = 256 * 2**20  # maps at the size of photographs are large
 
 
 class JobSpec(StrictModel):
@@ -49,6 +51,8 @@ class JobSpec(StrictModel):
         gpus_per_actor: may be a fraction; None takes one where the machine has any.
         batch_size: masked images per call of the model.
         standard_error: store the standard error of every pixel too, at the price of twice the space.
+        original_size: store maps at the size of each image instead of the model's input: bilinear, NaN where
+            a centre crop cut the image off.
         figures: draw the first so many images.
     """
 
@@ -63,6 +67,7 @@ class JobSpec(StrictModel):
     gpus_per_actor: float | None = Field(default=None, ge=0)
     batch_size: int = Field(default=DEFAULT_BATCH_SIZE, ge=1)
     standard_error: bool = False
+    original_size: bool = False
     figures: int = Field(default=100, ge=0)
 
 
@@ -98,16 +103,17 @@ def run_job(job: JobSpec, reporter: Reporter) -> Summary:
     store.refuse_existing()
     if job.actors == 0:
         worker = Worker(job.model, job.explain, job.targets, job.batch_size, decode=job.decode)
-        reporter.note(f"model {job.model.model} on {worker.load()}, in this process")
+        facts = worker.load()
+        reporter.note(f"model {facts.model} on {facts.device}, in this process")
         ledger = Ledger(images, job.explain, lookahead=1)
-        return _drain(job, store, reporter, count, run_serially(ledger, worker, reporter.masks_done))
+        return _drain(job, facts, store, reporter, count, run_serially(ledger, worker, reporter.masks_done))
 
     from mcrise_ray import cluster
 
     gpus = job.gpus_per_actor if job.gpus_per_actor is not None else float(torch.cuda.is_available())
     actors = job.actors or _actors_that_fit(job.cpus_per_actor, gpus)
     with cluster.local_ray(cpus=actors * job.cpus_per_actor):
-        handles = cluster.start_actors(
+        handles, facts = cluster.start_actors(
             actors,
             job.model,
             job.explain,
@@ -117,23 +123,26 @@ def run_job(job: JobSpec, reporter: Reporter) -> Summary:
             cpus=job.cpus_per_actor,
             gpus=gpus,
         )
-        reporter.note(f"model {job.model.model} on {actors} actors, {job.cpus_per_actor} cores each")
+        reporter.note(
+            f"model {facts.model} on {facts.device}, {actors} actors, {job.cpus_per_actor} cores each"
+        )
         ledger = Ledger(images, job.explain, lookahead=actors)
         outcomes = cluster.explain_images(ledger, handles, reporter.masks_done)
-        return _drain(job, store, reporter, count, outcomes)
+        return _drain(job, facts, store, reporter, count, outcomes)
 
 
 def draw_figures(job: JobSpec, on_figure: Callable[[str], None]) -> None:
     """Draw the first `job.figures` images of a finished job beside its maps, from what was committed."""
     from mcrise_ray import render
 
-    prepare = load_model(job.model).prepare
+    model = load_model(job.model)
     results = read_results(job.output)
     for image_id, rows in islice(_by_image(results), job.figures):
         lines = [
             render.FigureRow(_title(row), row.method, row.colors, row.map, row.relative_error) for row in rows
         ]
-        picture = render.draw(prepare(read_image(rows[0].uri, job.decode)), lines)
+        image = read_image(rows[0].uri, job.decode)
+        picture = render.draw(image if job.original_size else model.prepare(image), lines)
         on_figure(Store(job.output).write_figure(image_id, render.to_png(picture)))
 
 
@@ -170,6 +179,7 @@ def _title(row: MapRow) -> str:
 
 def _drain(
     job: JobSpec,
+    facts: ModelFacts,
     store: Store,
     reporter: Reporter,
     images: int | None,
@@ -178,7 +188,7 @@ def _drain(
     """Commit images as they end, in files of some rows each."""
     began = time.monotonic()
     reporter.start(images, job.explain.masks)
-    store.write_job(_job_file(job, "running", None))
+    store.write_job(_job_file(job, facts, "running", None))
     maps = _Part(store.write_maps)
     errors = _Part(store.write_errors)
     done = failed = masks = 0
@@ -191,17 +201,17 @@ def _drain(
         else:
             done += 1
             masks += ended.total.masks
-            maps.add(_rows(job, ended))
+            maps.add(_rows(job, facts, ended))
         reporter.image_done(isinstance(ended, Failed))
     maps.flush()
     errors.flush()
     summary = Summary(done, failed, maps.rows, masks, time.monotonic() - began)
-    store.write_job(_job_file(job, "done", summary))
+    store.write_job(_job_file(job, facts, "done", summary))
     return summary
 
 
 class _Part:
-    """Rows on their way into numbered files."""
+    """Rows on their way into numbered files, of which each has maps of one shape."""
 
     def __init__(self, write: Callable[[int, list[Any]], None]) -> None:
         self._write = write
@@ -209,9 +219,12 @@ class _Part:
         self._files = self.rows = 0
 
     def add(self, rows: list[Any]) -> None:
+        if self._waiting and _shape(self._waiting[0]) != _shape(rows[0]):
+            self.flush()
         self._waiting += rows
         self.rows += len(rows)
-        if len(self._waiting) >= _ROWS_PER_FILE:
+        held = len(self._waiting) * 4 * int(np.prod(_shape(rows[0])))
+        if len(self._waiting) >= _ROWS_PER_FILE or held >= _BYTES_PER_FILE:
             self.flush()
 
     def flush(self) -> None:
@@ -221,17 +234,25 @@ class _Part:
             self._waiting = []
 
 
-def _rows(job: JobSpec, ended: Finished) -> list[MapRow]:
+def _shape(row: MapRow | ErrorRow) -> tuple[int, ...]:
+    return row.map.shape if isinstance(row, MapRow) else (0,)
+
+
+def _rows(job: JobSpec, facts: ModelFacts, ended: Finished) -> list[MapRow]:
     targets = ended.inspection.targets
     score = np.array([target.score for target in targets])
     result = explanation(job.explain, [target.index for target in targets], score, ended.total)
-    height, width = ended.inspection.size
+    size = ended.inspection.original_size if job.original_size else ended.inspection.size
+
+    def sized(maps: np.ndarray) -> np.ndarray:
+        return facts.preprocessing.to_original(maps, size) if job.original_size else maps
+
     return [
         MapRow(
             image_id=ended.image.image_id,
             uri=ended.image.uri,
-            height=height,
-            width=width,
+            height=size[0],
+            width=size[1],
             target=target.index,
             target_name=target.name,
             target_role=target.role,
@@ -240,9 +261,9 @@ def _rows(job: JobSpec, ended: Finished) -> list[MapRow]:
             colors=job.explain.colors,
             masks=result.masks,
             relative_error=float(error) if np.isfinite(error) else None,
-            map=result.maps[place],
-            baseline=result.baseline[place],
-            standard_error=result.standard_error[place] if job.standard_error else None,
+            map=sized(result.maps[place]),
+            baseline=sized(result.baseline[place : place + 1])[0],
+            standard_error=sized(result.standard_error[place]) if job.standard_error else None,
             seconds=ended.seconds,
             spec_hash=job.explain.hash,
         )
@@ -250,10 +271,16 @@ def _rows(job: JobSpec, ended: Finished) -> list[MapRow]:
     ]
 
 
-def _job_file(job: JobSpec, state: str, summary: Summary | None) -> dict[str, Any]:
+def _job_file(job: JobSpec, facts: ModelFacts, state: str, summary: Summary | None) -> dict[str, Any]:
     return {
         "state": state,
         "spec": job.model_dump(mode="json"),
+        "model": {
+            "model": facts.model,
+            "device": facts.device,
+            "classes": facts.classes,
+            "preprocessing": facts.preprocessing.model_dump(mode="json"),
+        },
         "spec_hash": job.explain.hash,
         "counts": asdict(summary) if summary else None,
         "versions": {

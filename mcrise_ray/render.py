@@ -81,9 +81,9 @@ def to_png(figure: Figure) -> bytes:
 
 def _scale(row: FigureRow) -> Normalize:
     if row.method == "rise":
-        return Normalize(float(row.maps.min()), float(row.maps.max()))
+        return Normalize(float(np.nanmin(row.maps)), float(np.nanmax(row.maps)))
     # A map of zeros still needs a scale with some width.
-    limit = float(np.abs(row.maps).max()) or 1e-12
+    limit = float(np.nanmax(np.abs(row.maps))) or 1e-12
     return Normalize(-limit, limit)
 
 

@@ -31,14 +31,15 @@ class Classifier(nn.Module):
     """A network with its normalisation and activation, as a black box that takes RGB in [0, 1].
 
     Args:
-        network: from normalised images `(B, 3, H, W)` to logits or scores `(B, C)`.
+        network: from normalised images `(B, 3, H, W)` to logits or scores `(B, C)`, or to an object that has
+            them as `logits`, as transformers returns.
         mean, std: per channel, in RGB in [0, 1].
         activation: turns the network's output into scores.
     """
 
     def __init__(
         self,
-        network: nn.Module,
+        network: BlackBox,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
         activation: Activation = "softmax",
@@ -58,13 +59,20 @@ class Classifier(nn.Module):
 
     def score_normalized(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
         """Scores of images that are normalised already."""
+        return _ACTIVATIONS[self.activation](self.outputs(images))
+
+    def outputs(self, images: Float[Tensor, "B 3 H W"]) -> Tensor:
+        """What the network itself returns for images that are normalised already."""
         output = self.network(images)
+        output = getattr(output, "logits", output)
+        if isinstance(output, np.ndarray):
+            output = torch.from_numpy(output)
         if not isinstance(output, Tensor):
             raise ModelError(
                 f"expected the network to return one tensor (B, classes), found {type(output).__name__}; "
                 "wrap it in a factory that picks the tensor"
             )
-        return _ACTIVATIONS[self.activation](output.float())
+        return output.float()
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,8 @@ def ask(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndar
         raise
     except Exception as error:
         raise ModelError(
-            f"the model raised {type(error).__name__} on a batch of shape {tuple(images.shape)}: {error}"
+            f"the model raised {type(error).__name__} on a batch of shape {tuple(images.shape)}: "
+            f"{' '.join(str(error).split())[:400]}"
         ) from error
     tensor = torch.as_tensor(answer)
     if tensor.ndim != 2 or len(tensor) != len(images):

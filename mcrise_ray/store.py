@@ -32,7 +32,8 @@ class MapRow:
 
     Attributes:
         image_id, uri: of the image.
-        height, width: of the map, which is the model's input; reshape a flat `map` by them and `colors`.
+        height, width: of the map, which has the size of the model's input, or of the image where that was
+            asked for; reshape a flat `map` by them and `colors`.
         target, target_name: class index, and its name where known.
         target_role: `predicted`, `top2` and so on, `truth`, `asked` or `match`.
         score: of the unmasked image.
@@ -190,7 +191,11 @@ class Results:
 
     @property
     def maps(self) -> pa.dataset.Dataset:
-        """All rows of `maps/`, as an Arrow dataset to filter and scan."""
+        """All rows of `maps/`, as an Arrow dataset to filter and scan.
+
+        Where maps have the sizes of their images, leave `map`, `baseline` and `standard_error` out of a scan
+        over several files, and iterate over the results instead.
+        """
         return self._dataset("maps")
 
     @property
@@ -204,7 +209,7 @@ class Results:
 
     def __iter__(self) -> Iterator[MapRow]:
         """Rows in the order they were committed, one batch in memory at a time."""
-        for batch in self.maps.to_batches(batch_size=16, batch_readahead=1, fragment_readahead=1):
+        for batch in self._batches():
             tensors = {name: _arrays(batch.column(name)) for name in ("map", "baseline", "standard_error")}
             plain = batch.drop_columns(list(tensors)).to_pylist()
             for index, row in enumerate(plain):
@@ -212,14 +217,22 @@ class Results:
                 row.update({name: arrays[index] for name, arrays in tensors.items()})
                 yield MapRow(**row)
 
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        """Some rows at a time; file by file, because maps of different files may differ in their shape."""
+        for file in self._files("maps"):
+            dataset = pa.dataset.dataset(file, filesystem=self._filesystem, format="parquet")
+            yield from dataset.to_batches(batch_size=16, batch_readahead=1, fragment_readahead=1)
+
     def _dataset(self, name: str) -> pa.dataset.Dataset:
-        selector = pa.fs.FileSelector(f"{self._root}/{name}", allow_not_found=True)
-        files = sorted(
-            f.path for f in self._filesystem.get_file_info(selector) if f.path.endswith(".parquet")
-        )
+        files = self._files(name)
         if not files:
             return pa.dataset.dataset(pa.table({}))
         return pa.dataset.dataset(files, filesystem=self._filesystem, format="parquet")
+
+    def _files(self, name: str) -> list[str]:
+        selector = pa.fs.FileSelector(f"{self._root}/{name}", allow_not_found=True)
+        found = self._filesystem.get_file_info(selector)
+        return sorted(file.path for file in found if file.path.endswith(".parquet"))
 
 
 def read_results(location: str) -> Results:

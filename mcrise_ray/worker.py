@@ -12,7 +12,8 @@ from mcrise_ray.dispatch import Failure, Inspection, UnitResult
 from mcrise_ray.errors import MCRiseError
 from mcrise_ray.explainer import Subject, run_unit
 from mcrise_ray.images import ImageRef, read_image
-from mcrise_ray.models import Model, ModelSpec, load_model
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.models import Model, ModelFacts, facts, load_model
 from mcrise_ray.plan import Unit
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.targets import choose_targets, parse_targets
@@ -40,16 +41,16 @@ class Worker:
         self._model_spec, self._spec = model, spec
         self._targets, self._batch_size = parse_targets(targets), batch_size
         self._decode = decode
-        self._subjects: dict[ImageRef, Subject] = {}
+        self._subjects: dict[ImageRef, tuple[Subject, tuple[int, int]]] = {}
 
-    def load(self) -> str:
-        """Build the model, and say on which device; not in the constructor, whose errors Ray turns into text.
+    def load(self) -> ModelFacts:
+        """Build the model, and say what it is; not in the constructor, whose errors Ray turns into text.
 
         Raises:
             ModelError: it cannot be built.
         """
         self._model: Model = load_model(self._model_spec)
-        return str(self._model.device)
+        return facts(self._model_spec, self._model)
 
     def inspect(self, image: ImageRef) -> Inspection | Failure:
         """Decode an image, score it unmasked, and settle its targets."""
@@ -58,31 +59,33 @@ class Worker:
         began = time.perf_counter()
         stage = "read"
         try:
-            subject = self._subject(image)
+            subject, original_size = self._subject(image)
             stage = "explain"
             scores = subject.scores()
             targets = choose_targets(self._targets, image, scores, self._model)
         except MCRiseError as error:
             return Failure(stage, str(error))
-        return Inspection(targets, subject.size, time.perf_counter() - began)
+        return Inspection(targets, subject.size, time.perf_counter() - began, original_size)
 
     def run(self, image: ImageRef, targets: Sequence[int], unit: Unit) -> UnitResult | Failure:
         """The sums of one unit of one image."""
         began = time.perf_counter()
         stage = "read"
         try:
-            subject = self._subject(image)
+            subject, _ = self._subject(image)
             stage = "explain"
             partial = run_unit(subject, unit, targets, self._batch_size)
         except MCRiseError as error:
             return Failure(stage, str(error))
         return UnitResult(partial, time.perf_counter() - began)
 
-    def _subject(self, image: ImageRef) -> Subject:
+    def _subject(self, image: ImageRef) -> tuple[Subject, tuple[int, int]]:
+        """An image ready to be masked, and the size it was decoded at."""
         subject = self._subjects.pop(image, None)
         if subject is None:
-            pixels = read_image(image.uri, self._decode)
-            subject = Subject(self._model, self._model.prepare(pixels), self._spec)
+            decoded = read_image(image.uri, self._decode)
+            height, width = decoded.shape[:2]
+            subject = Subject(self._model, self._model.prepare(decoded), self._spec), (height, width)
             while len(self._subjects) >= _SUBJECTS_KEPT:
                 del self._subjects[next(iter(self._subjects))]
         self._subjects[image] = subject

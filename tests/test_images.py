@@ -30,7 +30,7 @@ from torch import nn
 from mcrise_ray import ImageSource, JobSpec, read_image, read_results, run_job
 from mcrise_ray.errors import ImageError
 from mcrise_ray.images import ImageRef, _Seen
-from mcrise_ray.models import ModelSpec
+from mcrise_ray.loading import ModelSpec
 from mcrise_ray.spec import ExplainSpec
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 99, 199)]

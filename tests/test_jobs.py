@@ -34,7 +34,7 @@ from mcrise_ray.dispatch import (
 )
 from mcrise_ray.images import ImageRef
 from mcrise_ray.jobs import JobSpec, draw_figures, run_job
-from mcrise_ray.models import ModelSpec
+from mcrise_ray.loading import ModelSpec
 from mcrise_ray.saliency import Partial
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
@@ -269,7 +269,7 @@ def test_one_figure_per_image_whatever_its_name(folder: Path, tmp_path: Path) ->
 
 
 def inspection() -> Inspection:
-    return Inspection((Target(1, None, "asked", 0.5),), (4, 4), 0.0)
+    return Inspection((Target(1, None, "asked", 0.5),), (4, 4), 0.0, (4, 4))
 
 
 def sums(value: float, masks: int) -> UnitResult:

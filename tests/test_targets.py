@@ -11,10 +11,12 @@ import torch
 from mcrise_ray import JobSpec
 from mcrise_ray.errors import SpecError, TargetError
 from mcrise_ray.images import ImageRef
-from mcrise_ray.models import Model, ModelSpec, Preprocessing
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.models import Model
+from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.targets import choose_targets, parse_targets
 
-MODEL = Model(lambda images: images, Preprocessing(), ("cat", "dog", "owl", "fox"), torch.device("cpu"))
+MODEL = Model(lambda images: images, Preprocessing(), 4, ("cat", "dog", "owl", "fox"), torch.device("cpu"))
 SCORES = np.array([0.1, 0.4, 0.1, 0.4])
 
 

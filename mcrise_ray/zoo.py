@@ -1,0 +1,278 @@
+"""Networks that are built by name: torchvision, timm, Hugging Face, and the user's own factory."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mcrise_ray.errors import MCRiseError, ModelError
+from mcrise_ray.loading import (
+    NO_NORMALISATION,
+    Loaded,
+    ModelSpec,
+    class_count,
+    did_you_mean,
+    first_line,
+    load_state,
+    optional,
+    options_of,
+    read_weights,
+    ready,
+    whole_number,
+)
+from mcrise_ray.scores import Classifier
+
+_PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def load_torchvision(spec: ModelSpec, device: torch.device) -> Loaded:
+    """`torchvision:NAME[?weights=W][?num_classes=N]`, with what the weights' metadata tells."""
+    import torchvision
+
+    name, options = options_of(spec.model.removeprefix("torchvision:"), ("weights", "num_classes"))
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = did_you_mean(name, known, "see torchvision.models.list_models()")
+        raise ModelError(f"torchvision has no classification model {name!r}; did you mean: {near}")
+    if "weights" in options:
+        if spec.weights or "num_classes" in options:
+            raise ModelError(
+                f"expected ?weights= alone, because {options['weights']} settles classes and weights; "
+                "leave out --weights and ?num_classes="
+            )
+        return _torchvision_pretrained(name, options["weights"], device)
+    arguments = {key: whole_number(key, value) for key, value in options.items()}
+    network = _with_weights(lambda **given: torchvision.models.get_model(name, **given), arguments, spec)
+    return Loaded(ready(network, device), {"activation": "softmax"}, device)
+
+
+def load_timm(spec: ModelSpec, device: torch.device) -> Loaded:
+    """`timm:NAME[?num_classes=N][?pretrained=true]`, with the preprocessing that timm evaluates it with."""
+    timm = optional("timm", "timm")
+    name, options = options_of(spec.model.removeprefix("timm:"), ("num_classes", "pretrained"))
+    pretrained = options.pop("pretrained", "false")
+    if pretrained not in {"true", "false"}:
+        raise ModelError(f"expected ?pretrained=true or ?pretrained=false, found {pretrained!r}")
+    if ":" not in name and not timm.is_model(name):
+        near = did_you_mean(name, timm.list_models(), "see timm.list_models()")
+        raise ModelError(f"timm has no model {name!r}; did you mean: {near}")
+    arguments = {key: whole_number(key, value) for key, value in options.items()}
+
+    def build(**given: Any) -> nn.Module:
+        try:
+            network: nn.Module = timm.create_model(name, pretrained=pretrained == "true", **given)
+        except Exception as error:
+            raise ModelError(f"timm cannot build {name}: {first_line(error)}; check --model") from error
+        return network
+
+    network = _with_weights(build, arguments, spec)
+    config = timm.data.resolve_model_data_config(network)
+    channels, height, width = config["input_size"]
+    if channels != 3:
+        raise ModelError(f"expected a model of RGB images, found {channels} input channels in timm:{name}")
+    fields = {
+        "size": (height, width),
+        **_timm_resize(name, config, spec),
+        "interpolation": config["interpolation"],
+        "mean": tuple(config["mean"]),
+        "std": tuple(config["std"]),
+        "activation": "softmax",
+    }
+    names = _timm_class_names(timm, network) if pretrained == "true" and not options else ()
+    return Loaded(ready(network, device), fields, device, names)
+
+
+def load_huggingface(spec: ModelSpec, device: torch.device) -> Loaded:
+    """`hf:PATH_OR_ID`: a classifier of transformers, with its image processor; none of its code is run."""
+    transformers = optional("transformers", "transformers")
+    name, _ = options_of(spec.model.removeprefix("hf:"), ())
+    if spec.weights:
+        raise ModelError(f"--weights: expected none, because hf:{name} has its own; name a folder instead")
+    if name.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(name)):
+        raise ModelError(f"expected a folder of a transformers model, found none at {name}; check --model")
+    name = os.path.expanduser(name)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        network = transformers.AutoModelForImageClassification.from_pretrained(name)
+    except Exception as error:
+        raise ModelError(
+            f"cannot load an image classifier from hf:{name}: {first_line(error)}; "
+            "expected a local folder or a model id"
+        ) from error
+    labels = network.config.id2label
+    multi_label = network.config.problem_type == "multi_label_classification"
+    fields = {
+        "activation": "sigmoid" if multi_label else "softmax",
+        **_processor_fields(transformers, name, spec),
+    }
+    names = tuple(str(labels[index]) for index in sorted(labels))
+    return Loaded(ready(network, device), fields, device, names)
+
+
+def load_factory(spec: ModelSpec, device: torch.device) -> Loaded:
+    """`package.module:factory`: whatever the user's own function returns.
+
+    An `nn.Module` reads normalised images and returns logits, unless it is a `Classifier`, which says itself
+    what it reads and returns. Any other callable is a black box: RGB in [0, 1] to scores.
+    """
+    path, _, attribute = spec.model.partition(":")
+    if os.getcwd() not in sys.path:
+        # As `python -m` does: a model beside the user is found without installing it.
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(path), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"cannot import --model {spec.model}: {first_line(error)}; "
+            "expected package.module:factory, importable from here"
+        ) from error
+    try:
+        built = factory(**spec.args)
+    except MCRiseError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"--model {spec.model} raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not callable(built):
+        raise ModelError(
+            f"expected an nn.Module or a callable from --model {spec.model}, found {type(built).__name__}"
+        )
+    if not isinstance(built, nn.Module):
+        if spec.weights is not None:
+            raise ModelError(
+                f"--weights needs an nn.Module, but --model {spec.model} returned {type(built).__name__}"
+            )
+        return Loaded(built, {**NO_NORMALISATION, "activation": "none"}, torch.device("cpu"))
+    fields: dict[str, Any] = {"activation": "softmax"}
+    if isinstance(built, Classifier):
+        fields = {"mean": built.mean, "std": built.std, "activation": built.activation}
+        built = built.network
+    if spec.weights is not None:
+        load_state(built, read_weights(spec.weights), spec)
+    return Loaded(ready(built, device), fields, device)
+
+
+def _torchvision_pretrained(name: str, asked: str, device: torch.device) -> Loaded:
+    import torchvision
+
+    try:
+        weights = torchvision.models.get_model_weights(name)[asked]
+        network = torchvision.models.get_model(name, weights=weights)
+    except KeyError:
+        have = ", ".join(torchvision.models.get_model_weights(name).__members__)
+        raise ModelError(f"{name} has weights {have}; found {asked!r}") from None
+    except OSError as error:
+        raise ModelError(f"cannot download weights of {name}: {error}; use --weights FILE") from error
+    preset = weights.transforms()
+    fields = {
+        "size": (preset.crop_size[0], preset.crop_size[0]),
+        "resize": "crop",
+        "shorter_side": preset.resize_size[0],
+        "interpolation": preset.interpolation.value,
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+        "activation": "softmax",
+    }
+    return Loaded(ready(network, device), fields, device, tuple(weights.meta["categories"]))
+
+
+def _with_weights(build: Any, arguments: dict[str, int], spec: ModelSpec) -> nn.Module:
+    """A network from its builder, with the file of weights where there is one."""
+    if spec.weights is None:
+        network: nn.Module = build(**arguments)
+        return network
+    state = read_weights(spec.weights)
+    network = build(**arguments)
+    if not arguments and (classes := class_count(network, state)):
+        network = build(**classes)
+    load_state(network, state, spec)
+    return network
+
+
+def _timm_resize(name: str, config: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """Timm's crop_pct and crop_mode as ours."""
+    height, width = config["input_size"][1:]
+    if config["crop_mode"] == "center":
+        return {"resize": "crop", "shorter_side": math.floor(min(height, width) / config["crop_pct"])}
+    if config["crop_mode"] == "squash" and config["crop_pct"] == 1:
+        return {"resize": "stretch"}
+    if "resize" in spec.preprocessing:
+        return {}
+    raise ModelError(
+        f"timm evaluates {name} with crop mode {config['crop_mode']} at {config['crop_pct']}, which is "
+        "neither a centre crop nor the whole image; choose with --resize crop or --resize stretch"
+    )
+
+
+def _timm_class_names(timm: Any, network: nn.Module) -> tuple[str, ...]:
+    """Names of the ImageNet classes that a pretrained network tells apart, where timm knows which."""
+    subset = timm.data.infer_imagenet_subset(network)
+    return tuple(timm.data.ImageNetInfo(subset).label_descriptions()) if subset else ()
+
+
+def _processor_fields(transformers: Any, name: str, spec: ModelSpec) -> dict[str, Any]:
+    """What an image processor says, in our terms."""
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name).to_dict()
+    except (OSError, ValueError) as error:
+        if {"size", "mean", "std"} <= spec.preprocessing.keys():
+            return {}
+        raise ModelError(
+            f"cannot load an image processor from hf:{name}: {first_line(error)}; "
+            "say --size, --mean and --std instead"
+        ) from error
+    fields = _processor_size(processor, name, spec)
+    if "interpolation" not in spec.preprocessing and processor.get("do_resize", True):
+        filter_ = int(processor.get("resample", 2))
+        if filter_ not in _PIL_FILTERS:
+            raise ModelError(f"hf:{name} resizes with PIL's filter {filter_}; choose with --interpolation")
+        fields["interpolation"] = _PIL_FILTERS[filter_]
+    # v = scale * rgb - offset, then (v - mean) / std, with rgb in [0, 1]
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    scale, offset = 255 * factor, float(processor.get("rescale_offset") or 0)
+    normalises = processor.get("do_normalize", True) and processor.get("image_mean") is not None
+    mean = processor["image_mean"] if normalises else (0.0, 0.0, 0.0)
+    std = processor["image_std"] if normalises else (1.0, 1.0, 1.0)
+    fields["mean"] = tuple((value + offset) / scale for value in mean)
+    fields["std"] = tuple(value / scale for value in std)
+    return fields
+
+
+def _processor_size(processor: dict[str, Any], name: str, spec: ModelSpec) -> dict[str, Any]:
+    size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
+    if not processor.get("do_center_crop"):
+        crop = {}
+    shorter = size.get("shortest_edge")
+    if crop and shorter:
+        return {"size": _sides(crop), "resize": "crop", "shorter_side": shorter}
+    if "height" in size and not crop:
+        return {"size": _sides(size), "resize": "stretch"}
+    if shorter and "crop_pct" in processor and shorter < 384:
+        # ConvNeXt's processor: its `size` is that of the crop, and from 384 on the whole image is stretched.
+        return {
+            "size": (shorter, shorter),
+            "resize": "crop",
+            "shorter_side": int(shorter / processor["crop_pct"]),
+        }
+    if shorter and "crop_pct" in processor:
+        return {"size": (shorter, shorter), "resize": "stretch"}
+    if shorter:
+        # The processor keeps the image's proportions; a job needs one size, so the centre is cut out.
+        return {"size": (shorter, shorter), "resize": "crop", "shorter_side": shorter}
+    if "size" in spec.preprocessing:
+        return {}
+    raise ModelError(
+        f"hf:{name} resizes to {size or 'nothing'}, crops to {crop or 'nothing'}; choose with --size"
+    )
+
+
+def _sides(size: dict[str, int]) -> Sequence[int]:
+    return size["height"], size["width"]

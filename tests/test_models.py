@@ -1,0 +1,496 @@
+"""`load_model()`: networks by name and from factories, weights without pickled code, and the self-check."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import networks
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+import mcrise_ray as mr
+from mcrise_ray import zoo
+from mcrise_ray.errors import ModelError, SpecError
+
+SMALL = {"size": (16, 24)}
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def noise(size: tuple[int, int], count: int = 3) -> torch.Tensor:
+    return torch.rand((count, 3, *size), generator=torch.Generator().manual_seed(1))
+
+
+def normalized(images: torch.Tensor, record: mr.Preprocessing) -> torch.Tensor:
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (record.mean, record.std))
+    return (images - mean) / std
+
+
+def test_factory_of_a_module_gets_normalisation_and_softmax() -> None:
+    model = mr.load_model("networks:tiny", args={"classes": "4"}, preprocessing=SMALL)
+    images = noise((16, 24))
+    expected = networks.tiny(4).eval()(normalized(images, model.preprocessing)).softmax(1)
+    torch.testing.assert_close(model(images), expected)
+    assert (model.classes, model.class_names, str(model.device)) == (4, (), "cpu")
+    assert model.preprocessing == mr.Preprocessing(**SMALL)
+
+
+def test_factory_of_a_classifier_keeps_what_it_says_and_can_be_overruled() -> None:
+    model = mr.load_model("networks:own_classifier", preprocessing=SMALL)
+    assert model.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert model.preprocessing.activation == "sigmoid"
+    images = noise((16, 24))
+    torch.testing.assert_close(model(images), networks.own_classifier().eval()(images))
+    other = mr.load_model("networks:own_classifier", preprocessing={**SMALL, "activation": "softmax"})
+    torch.testing.assert_close(other(images).sum(1), torch.ones(3))
+
+
+def test_factory_of_a_callable_is_a_black_box_of_rgb() -> None:
+    model = mr.load_model("networks:means", preprocessing=SMALL)
+    images = noise((16, 24))
+    np.testing.assert_array_equal(model(images), images.mean((2, 3)))
+    assert model.preprocessing == mr.Preprocessing(**SMALL, mean=(0, 0, 0), std=(1, 1, 1), activation="none")
+    bytes_ = mr.load_model(
+        "networks:means", preprocessing={**SMALL, "input_range": "0-255", "activation": "none"}
+    )
+    np.testing.assert_allclose(bytes_(images), 255 * images.mean((2, 3)), rtol=1e-5)
+
+
+def test_logits_are_explained_when_asked_for_in_so_many_words() -> None:
+    with pytest.raises(
+        ModelError, match=r"expected scores in \[0, 1\] .* found -.*: logits\? say --activation"
+    ):
+        mr.load_model("networks:logits_without_module", preprocessing=SMALL)
+    model = mr.load_model("networks:logits_without_module", preprocessing={**SMALL, "activation": "none"})
+    assert model(noise((16, 24))).min() < -1
+    soft = mr.load_model("networks:logits_without_module", preprocessing={**SMALL, "activation": "softmax"})
+    torch.testing.assert_close(soft(noise((16, 24))).sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("factory", "fields", "message"),
+    [
+        ("soft", {}, "probabilities that sum to 1 already.*say --activation none"),
+        ("soft", {"activation": "softmax"}, "second softmax"),
+        ("one", {}, "a single score, of which a softmax is always 1; say --activation sigmoid"),
+        ("features", {}, r"expected scores of shape \(2, classes\) from the model, found \(2, 8, 7, 11\)"),
+        ("a_dict", {}, "expected the network to return one tensor .*, found dict; wrap it"),
+        ("nans", {}, "found NaN or infinity for 2 of 2 images"),
+        ("raises", {}, r"raised RuntimeError on a batch of shape \(2, 3, 16, 24\): first line second line"),
+        ("fixed_size", {}, "fails on noise of 16 x 24 pixels.*check --size"),
+        ("over_the_batch", {}, "other scores alone than in a batch of two .*training mode"),
+        ("fails", {}, "--model networks:fails raised ValueError: no such file"),
+        ("number", {}, "expected an nn.Module or a callable from --model networks:number, found int"),
+        ("absent", {}, "cannot import --model networks:absent: .* expected package.module:factory"),
+    ],
+)
+def test_self_check_names_the_knob(factory: str, fields: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        mr.load_model(f"networks:{factory}", preprocessing={**SMALL, **fields})
+    assert "\n" not in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_class_names_must_be_as_many_as_classes(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\n")
+    assert mr.load_model("networks:tiny", args={"classes": 3}, classes=str(names), preprocessing=SMALL)
+    with pytest.raises(
+        ModelError, match=r"expected 5 class names, .* found 3 in .*names.txt; check --classes"
+    ):
+        mr.load_model("networks:tiny", classes=str(names), preprocessing=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "resnet18"}, "expected --model torchvision:NAME, .*, found 'resnet18'"),
+        ({"model": "a b:c"}, "expected --model torchvision:NAME, .*, found 'a b:c'"),
+        ({"model": "torchvision:resnet17"}, "no classification model 'resnet17'; did you mean: resnet"),
+        (
+            {"model": "torchvision:resnet18?classes=3"},
+            r"expected \?weights= or \?num_classes= .* found classes",
+        ),
+        (
+            {"model": "torchvision:resnet18?num_classes=x"},
+            "whole number of at least 1 for .num_classes=, found 'x'",
+        ),
+        (
+            {"model": "torchvision:resnet18?weights=BEST"},
+            "resnet18 has weights IMAGENET1K_V1, .*found 'BEST'",
+        ),
+        (
+            {"model": "torchvision:resnet18?weights=DEFAULT", "weights": "w.pt"},
+            "expected .weights= alone.*leave out --weights",
+        ),
+        (
+            {"model": "torchvision:resnet18", "args": {"a": 1}},
+            "--model-arg is for package.module:factory, found a",
+        ),
+        ({"model": "networks:tiny", "device": "gpu"}, "expected --device cuda, cuda:1 or cpu, found 'gpu'"),
+        (
+            {"model": "networks:means", "weights": "w.pt"},
+            "--weights needs an nn.Module, .* returned function",
+        ),
+        (
+            {"model": "networks:tiny", "weights": "no.pt"},
+            "expected a file of weights, found nothing at no.pt",
+        ),
+        ({"model": "networks:tiny", "classes": "no.txt"}, "cannot read class names from no.txt"),
+    ],
+)
+def test_wrong_settings_are_told(settings: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        mr.load_model(**settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ModelError, match=r"cannot move the model to device cuda:3: .*; check --device"):
+        mr.load_model("networks:tiny", device="cuda:3")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "nested.pt", "parallel.pt"])
+def test_weights_of_every_kind(tmp_path: Path, suffix: str) -> None:
+    network = networks.tiny()
+    with torch.no_grad():
+        network.head.bias.add_(1)
+    path = str(tmp_path / f"w.{suffix}")
+    state = network.state_dict()
+    if suffix == "safetensors":
+        save_file(state, path)
+    else:
+        prefixed = {f"module.{name}": value for name, value in state.items()}
+        torch.save(
+            {"pt": state, "nested.pt": {"state_dict": state, "epoch": 3}, "parallel.pt": prefixed}[suffix],
+            path,
+        )
+    model = mr.load_model("networks:tiny", weights=path, preprocessing=SMALL)
+    images = noise((16, 24))
+    expected = network.eval()(normalized(images, model.preprocessing)).softmax(1)
+    torch.testing.assert_close(model(images), expected)
+
+
+class Malicious:
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", ["torch", "pickle"])
+def test_a_malicious_pickle_is_refused_without_running(tmp_path: Path, protocol: str) -> None:
+    path, target = tmp_path / "w.pt", tmp_path / "was-here"
+    payload = {"conv.weight": Malicious(str(target))}
+    if protocol == "torch":
+        torch.save(payload, path)
+    else:
+        path.write_bytes(pickle.dumps(payload))
+    why = r"holds pickled code that calls \w+.mkdir" if protocol == "torch" else "no archive of torch.save"
+    with pytest.raises(ModelError, match=f"{why}.*pickled code is never run"):
+        mr.load_model("networks:tiny", weights=str(path))
+    assert not target.exists()
+
+
+def test_weights_that_are_no_state_dict_or_do_not_fit(tmp_path: Path) -> None:
+    path = str(tmp_path / "w.pt")
+    torch.save([torch.zeros(2)], path)
+    with pytest.raises(
+        ModelError, match=r"expected a state dict of tensors in .*, found list; check --weights"
+    ):
+        mr.load_model("networks:tiny", weights=path)
+    torch.save(networks.tiny(7).state_dict(), path)
+    with pytest.raises(ModelError, match="do not fit --model networks:tiny: size mismatch for head"):
+        mr.load_model("networks:tiny", weights=path)
+
+
+@pytest.mark.parametrize("query", ["", "?num_classes=6"])
+def test_torchvision_counts_classes_of_weights(tmp_path: Path, query: str) -> None:
+    path = str(tmp_path / "w.safetensors")
+    save_file(torchvision.models.get_model("squeezenet1_1", num_classes=6).state_dict(), path)
+    model = mr.load_model(f"torchvision:squeezenet1_1{query}", weights=path, preprocessing={"size": (64, 64)})
+    assert (model.classes, model.preprocessing.size) == (6, (64, 64))
+
+
+def test_torchvision_weights_tell_preprocessing_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torchvision.models.get_model_weights("mobilenet_v3_small")["IMAGENET1K_V1"]
+    asked = []
+
+    def build(name: str, weights: object) -> nn.Module:
+        asked.append((name, weights))
+        return torchvision.models.mobilenet_v3_small()
+
+    monkeypatch.setattr(torchvision.models, "get_model", build)
+    model = mr.load_model("torchvision:mobilenet_v3_small?weights=IMAGENET1K_V1")
+    assert asked == [("mobilenet_v3_small", weights)]
+    assert model.preprocessing == mr.Preprocessing(size=(224, 224), resize="crop", shorter_side=256)
+    assert (model.classes, model.class_name(0)) == (1000, "tench")
+    # A size of one's own keeps the margin that the weights were evaluated with.
+    half = mr.load_model(
+        "torchvision:mobilenet_v3_small?weights=IMAGENET1K_V1", preprocessing={"size": (112, 112)}
+    )
+    assert half.preprocessing.shorter_side == 128
+
+
+def test_timm_tells_preprocessing(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = mr.load_model("timm:mobilenetv3_small_050?num_classes=7")
+    config = timm.data.resolve_model_data_config(timm.create_model("mobilenetv3_small_050"))
+    record = model.preprocessing
+    assert (model.classes, record.resize, record.interpolation) == (7, "crop", config["interpolation"])
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    expected = timm.data.create_transform(**config)(torchvision.transforms.functional.to_pil_image(image))
+    ours = normalized(torch.from_numpy(record.prepare(image).copy()).permute(2, 0, 1) / 255, record)
+    torch.testing.assert_close(ours, expected)
+    # Weights of other classes need no ?num_classes=.
+    path = str(tmp_path / "w.safetensors")
+    save_file(timm.create_model("mobilenetv3_small_050", num_classes=7).state_dict(), path)
+    assert mr.load_model("timm:mobilenetv3_small_050", weights=path).classes == 7
+
+
+def test_timm_names_classes_of_pretrained_networks_alone() -> None:
+    timm = pytest.importorskip("timm")
+    names = zoo._timm_class_names(timm, timm.create_model("mobilenetv3_small_050"))
+    assert len(names) in {0, 1000}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("timm:mobilenetv3_small_051", "timm has no model .*; did you mean: .*mobilenetv3_small"),
+        ("timm:resnet18?pretrained=yes", "expected .pretrained=true or .pretrained=false, found 'yes'"),
+    ],
+)
+def test_timm_errors(model: str, message: str) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(ModelError, match=message):
+        mr.load_model(model)
+
+
+def test_timm_crop_modes() -> None:
+    spec = mr.ModelSpec(model="timm:x")
+    config = {"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "squash"}
+    assert zoo._timm_resize("x", config, spec) == {"resize": "stretch"}
+    config["crop_mode"] = "border"
+    with pytest.raises(ModelError, match=r"timm evaluates x with crop mode border .* choose with --resize"):
+        zoo._timm_resize("x", config, spec)
+    assert zoo._timm_resize("x", config, mr.ModelSpec(model="m", preprocessing={"resize": "crop"})) == {}
+
+
+@pytest.fixture(scope="module")
+def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("vit")
+    labels = dict(enumerate(("stop", "yield", "go")))
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=8,
+        id2label=labels,
+        label2id={name: index for index, name in labels.items()},
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6], resample=3
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_huggingface_folder_tells_all(vit_folder: Path) -> None:
+    import transformers
+
+    model = mr.load_model(f"hf:{vit_folder}")
+    assert (model.classes, model.class_names) == (3, ("stop", "yield", "go"))
+    record = model.preprocessing
+    assert (record.size, record.resize, record.interpolation) == ((32, 32), "stretch", "bicubic")
+    assert record.mean == pytest.approx((0.4, 0.5, 0.6))
+    image = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+    network = transformers.AutoModelForImageClassification.from_pretrained(vit_folder).eval()
+    small = record.prepare(image)
+    processor = transformers.AutoImageProcessor.from_pretrained(vit_folder)
+    inputs = processor(small, do_resize=False, return_tensors="pt")
+    ours = model(torch.from_numpy(small.copy()).permute(2, 0, 1)[None] / 255)
+    torch.testing.assert_close(ours, network(**inputs).logits.softmax(1).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_huggingface_errors(vit_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match="expected a folder of a transformers model, found none at /no/where"
+    ):
+        mr.load_model("hf:/no/where")
+    with pytest.raises(ModelError, match="cannot load an image classifier from hf:"):
+        mr.load_model(f"hf:{tmp_path}")
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((vit_folder / file).read_bytes())
+    with pytest.raises(ModelError, match=r"cannot load an image processor .* say --size, --mean and --std"):
+        mr.load_model(f"hf:{tmp_path}")
+    said = {"size": (32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert mr.load_model(f"hf:{tmp_path}", preprocessing=said).classes == 3
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        (
+            {
+                "size": {"shortest_edge": 256},
+                "crop_size": {"height": 224, "width": 192},
+                "do_center_crop": True,
+            },
+            {"size": (224, 192), "resize": "crop", "shorter_side": 256},
+        ),
+        ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, {"size": (224, 224), "shorter_side": 256}),
+        ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, {"size": (384, 384), "resize": "stretch"}),
+        ({"size": {"shortest_edge": 99}}, {"size": (99, 99), "resize": "crop", "shorter_side": 99}),
+        ({"size": {"height": 8, "width": 9}, "resample": 1}, {"size": (8, 9), "interpolation": "lanczos"}),
+        (
+            {
+                "size": {"height": 8, "width": 8},
+                "do_rescale": False,
+                "image_mean": [127.5] * 3,
+                "image_std": [255.0] * 3,
+            },
+            {"mean": (0.5,) * 3, "std": (1.0,) * 3},
+        ),
+        (
+            {
+                "size": {"height": 8, "width": 8},
+                "rescale_factor": 1 / 127.5,
+                "rescale_offset": True,
+                "do_normalize": False,
+            },
+            {"mean": (0.5,) * 3, "std": (0.5,) * 3},
+        ),
+    ],
+)
+def test_image_processors_in_our_terms(processor: dict, expected: dict) -> None:
+    config = SimpleNamespace(to_dict=lambda: processor)
+    library = SimpleNamespace(AutoImageProcessor=SimpleNamespace(from_pretrained=lambda name: config))
+    fields = zoo._processor_fields(library, "x", mr.ModelSpec(model="hf:x"))
+    for name, value in expected.items():
+        assert fields[name] == pytest.approx(value) if name in {"mean", "std"} else fields[name] == value
+
+
+def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(ModelError, match=r'cannot import timm.*pip install "mcrise-ray\[timm\]"'):
+        mr.load_model("timm:resnet18")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared models")
+def test_gtsrb_resnet_reads_signs() -> None:
+    model = mr.load_model(
+        "torchvision:resnet18",
+        weights=str(SHARED / "models/gtsrb_resnet18.safetensors"),
+        preprocessing={"size": (96, 96), "mean": (0.3417, 0.3126, 0.3217), "std": (0.2768, 0.2646, 0.2706)},
+    )
+    signs = torchvision.datasets.GTSRB(SHARED / "data/gtsrb", split="test")
+    right = 0
+    for index in range(20):
+        image, label = signs[index]
+        pixels = torch.from_numpy(model.prepare(np.asarray(image)).copy()).permute(2, 0, 1)[None] / 255
+        right += int(model(pixels).argmax()) == label
+    assert right >= 18
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_a_job_stores_the_model_and_maps_of_the_size_asked_for(tmp_path: Path, original: bool) -> None:
+    from PIL import Image
+
+    from mcrise_ray.jobs import JobSpec, draw_figures, run_job
+
+    sizes = {"a": (30, 50), "b": (30, 50), "c": (64, 20)}
+    rng = np.random.default_rng(0)
+    for name, size in sizes.items():
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    record = {"size": (16, 16), "resize": "crop", "shorter_side": 18}
+    job = JobSpec(
+        images=(str(tmp_path),),
+        model=mr.ModelSpec(model="networks:tiny", preprocessing=record),
+        output=str(tmp_path / "out"),
+        explain=mr.ExplainSpec(masks=64),
+        actors=0,
+        standard_error=True,
+        original_size=original,
+    )
+    notes: list[str] = []
+    quiet = SimpleNamespace(
+        start=lambda images, masks: None,
+        masks_done=lambda masks: None,
+        image_done=lambda failed: None,
+        note=notes.append,
+    )
+    assert run_job(job, quiet).images == 3
+    assert notes == ["model networks:tiny on cpu, in this process"]
+    results = mr.read_results(job.output)
+    assert json.loads(json.dumps(results.job["model"])) == {
+        "model": "networks:tiny",
+        "device": "cpu",
+        "classes": networks.CLASSES,
+        "preprocessing": mr.Preprocessing(**record).model_dump(mode="json"),
+    }
+    rows = {Path(row.image_id).stem: row for row in results}
+    assert len(results) == len(rows) == 3
+    for name, size in sizes.items():
+        height, width = size if original else (16, 16)
+        row = rows[name]
+        assert (row.height, row.width) == (height, width)
+        assert row.map.shape == row.standard_error.shape == (5, height, width)
+        assert row.baseline.shape == (height, width)
+        assert np.isnan(row.map).any() == original
+    drawn: list[str] = []
+    draw_figures(job, drawn.append)
+    assert len(drawn) == 3
+
+
+def test_command_line_says_the_whole_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from mcrise_ray import cli
+
+    jobs = []
+    monkeypatch.setattr(cli, "_run_and_report", lambda job, overwrite: jobs.append(job))
+    said = {
+        "size": "96x64",
+        "resize": "crop",
+        "shorter-side": "100",
+        "interpolation": "bicubic",
+        "mean": "127.5,0,0",
+        "std": "1,2,3",
+        "input-range": "0-255",
+        "activation": "none",
+    }
+    options = [part for name, value in said.items() for part in (f"--{name}", value)]
+    arguments = ["explain", "a.png", "--model", "m.onnx", "--original-size", *options]
+    outcome = CliRunner().invoke(cli.app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    assert jobs[0].original_size
+    assert jobs[0].model.preprocessing == {
+        "size": (96, 64),
+        "resize": "crop",
+        "shorter_side": 100,
+        "interpolation": "bicubic",
+        "mean": (127.5, 0, 0),
+        "std": (1, 2, 3),
+        "input_range": "0-255",
+        "activation": "none",
+    }
+
+
+def test_a_server_in_a_spec_holds_no_password() -> None:
+    with pytest.raises(SpecError, match=r"without user and password.*MCRISE_MODEL_TOKEN") as caught:
+        mr.ModelSpec(model="https://me:geheim@host/v2/models/x")
+    assert "geheim" not in str(caught.value)
