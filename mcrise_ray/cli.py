@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -277,13 +275,8 @@ def _run_and_report(job: JobSpec, overwrite: bool) -> None:
     from mcrise_ray.jobs import draw_figures, run_job
     from mcrise_ray.progress import ConsoleReporter, duration
 
-    if overwrite:
-        for name in ("maps", "errors", "figures"):
-            shutil.rmtree(f"{job.output}/{name}", ignore_errors=True)
-        if (existing := Path(job.output, "job.json")).exists():
-            existing.unlink()
     with ConsoleReporter(Console(stderr=True)) as reporter:
-        summary = run_job(job, reporter)
+        summary = run_job(job, reporter, overwrite=overwrite)
     rate = summary.masks / summary.seconds if summary.seconds else 0
     print(
         f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "

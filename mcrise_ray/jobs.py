@@ -90,17 +90,21 @@ class Summary:
     seconds: float
 
 
-def run_job(job: JobSpec, reporter: Reporter) -> Summary:
-    """Run a job to its end.
+def run_job(job: JobSpec, reporter: Reporter, *, overwrite: bool = False) -> Summary:
+    """Run a job to its end; every image ends up in `maps/` or in `errors/`.
 
-    Every image ends up in `maps/` or in `errors/`.
+    Args:
+        job: what to do.
+        reporter: is told about progress.
+        overwrite: replace results that are there; they stay if this job cannot even start.
 
     Raises:
         MCRiseError: the job cannot run at all: no images, no model, no output, no Ray.
     """
     images, count = _count_if_short(ImageSource(job.images))
     store = Store(job.output)
-    store.refuse_existing()
+    if not overwrite:
+        store.refuse_existing()
     if job.actors == 0:
         worker = Worker(job.model, job.explain, job.targets, job.batch_size, decode=job.decode)
         facts = worker.load()
@@ -188,7 +192,7 @@ def _drain(
     """Commit images as they end, in files of some rows each."""
     began = time.monotonic()
     reporter.start(images, job.explain.masks)
-    store.write_job(_job_file(job, facts, "running", None))
+    store.begin(_job_file(job, facts, "running", None))
     maps = _Part(store.write_maps)
     errors = _Part(store.write_errors)
     done = failed = masks = 0

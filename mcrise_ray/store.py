@@ -141,12 +141,24 @@ class Store:
         self._commit(name, pa.py_buffer(png))
         return f"{self.location.rstrip('/')}/{name}"
 
+    def begin(self, content: dict[str, Any]) -> None:
+        """Write the first `job.json`, after deleting what an earlier job left and nothing else."""
+        try:
+            for name in ("maps", "errors", "figures"):
+                if self._exists(name):
+                    self._filesystem.delete_dir(f"{self._root}/{name}")
+            if self._exists("job.json"):
+                self._filesystem.delete_file(f"{self._root}/job.json")
+        except OSError as error:
+            raise StoreError(f"cannot remove results from {self.location}: {error}") from error
+        self.write_job(content)
+
     def refuse_existing(self) -> None:
         """Raise `StoreError` where an earlier job has left results."""
         if self._exists("job.json"):
             raise StoreError(
                 f"expected an output without results, found job.json in {self.location}; "
-                "choose another --output, or remove it"
+                "choose another --output, or say --overwrite"
             )
 
     def _exists(self, name: str) -> bool:

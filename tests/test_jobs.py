@@ -214,6 +214,19 @@ def test_results_of_an_earlier_job_are_not_overwritten(folder: Path, tmp_path: P
         run_job(job(folder, tmp_path / "out"), Silent())
 
 
+def test_overwriting_waits_until_the_new_job_can_start(folder: Path, tmp_path: Path) -> None:
+    run_job(job(folder, tmp_path / "out"), Silent())
+    (tmp_path / "out" / "mine.txt").write_text("not ours")
+    broken = job(folder, tmp_path / "out", model=ModelSpec(model="blackboxes:broken"))
+    with pytest.raises(errors.ModelError, match="no such checkpoint"):
+        run_job(broken, Silent(), overwrite=True)
+    assert len(maps(tmp_path / "out")) == 6
+    run_job(job(folder / "deep", tmp_path / "out"), Silent(), overwrite=True)
+    assert {image_id for image_id, _ in maps(tmp_path / "out")} == {"b.jpg", "er/c.bmp"}
+    assert mr.read_results(str(tmp_path / "out")).errors == []
+    assert (tmp_path / "out" / "mine.txt").exists()
+
+
 def test_a_failing_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(tmp_path / "out"))
 
