@@ -21,7 +21,8 @@ from mcrise_ray.errors import ImageError
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, explanation
 from mcrise_ray.images import ImageRef, ImageSource, read_image
 from mcrise_ray.loading import ModelSpec
-from mcrise_ray.models import ModelFacts, load_model
+from mcrise_ray.models import ModelFacts
+from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.progress import Reporter
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.store import ErrorRow, MapRow, Results, Store, read_results
@@ -139,14 +140,14 @@ def draw_figures(job: JobSpec, on_figure: Callable[[str], None]) -> None:
     """Draw the first `job.figures` images of a finished job beside its maps, from what was committed."""
     from mcrise_ray import render
 
-    model = load_model(job.model)
     results = read_results(job.output)
+    prepare = Preprocessing(**results.job["model"]["preprocessing"]).prepare
     for image_id, rows in islice(_by_image(results), job.figures):
         lines = [
             render.FigureRow(_title(row), row.method, row.colors, row.map, row.relative_error) for row in rows
         ]
         image = read_image(rows[0].uri, job.decode)
-        picture = render.draw(image if job.original_size else model.prepare(image), lines)
+        picture = render.draw(image if job.original_size else prepare(image), lines)
         on_figure(Store(job.output).write_figure(image_id, render.to_png(picture)))
 
 
