@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "mcrise_ray"
 ORDER = [
     "errors",
     "spec",
+    "resources",
     "masks",
     "blend",
     "saliency",
@@ -39,6 +40,7 @@ ORDER = [
     "render",
     "progress",
     "jobs",
+    "jobfiles",
     "demo",
     "cli",
 ]

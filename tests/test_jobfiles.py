@@ -1,0 +1,288 @@
+"""Job files: every format, every key, every mistake; and what a job may use."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import Field
+
+from mcrise_ray import jobfiles
+from mcrise_ray.errors import SpecError
+from mcrise_ray.jobfiles import example_job, load_job, parse_job
+from mcrise_ray.jobs import JobSpec
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.resources import ActorRange, Resources
+
+SMALL = {"images": ["a.png"], "model": {"model": "m:f"}, "output": "out"}
+
+FORMS = {
+    "job.yaml": """
+images: [images, "s3://bucket/more"]
+model:
+  model: torchvision:resnet18
+  preprocessing: {size: [96, 96]}
+output: out
+explain: {masks: 500, colors: "red,#00ff80"}
+targets: predicted+truth
+""",
+    "job.json": """{
+"images": ["images", "s3://bucket/more"],
+"model": {"model": "torchvision:resnet18", "preprocessing": {"size": [96, 96]}},
+"output": "out", "explain": {"masks": 500, "colors": "red,#00ff80"}, "targets": "predicted+truth"}""",
+    "job.toml": """
+images = ["images", "s3://bucket/more"]
+output = "out"
+targets = "predicted+truth"
+[model]
+model = "torchvision:resnet18"
+preprocessing = {size = [96, 96]}
+[explain]
+masks = 500
+colors = "red,#00ff80"
+""",
+}
+
+
+def write(folder: Path, text: str, name: str = "job.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_format_gives_the_same_job(tmp_path: Path, name: str) -> None:
+    job = load_job(write(tmp_path, FORMS[name], name))
+    assert job.images == (str(tmp_path / "images"), "s3://bucket/more")
+    assert job.output == str(tmp_path / "out")
+    assert job.model.preprocessing == {"size": (96, 96)}
+    assert (job.explain.masks, job.explain.colors) == (500, ("#ff0000", "#00ff80"))
+    assert job.targets == ("predicted", "truth")
+    assert job == parse_job(yaml.safe_load(FORMS["job.yaml"]), tmp_path)
+
+
+def test_the_example_loads_to_the_defaults(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, example_job()))
+    model = ModelSpec(model="torchvision:resnet50?weights=IMAGENET1K_V2")
+    assert job == JobSpec(images=(str(tmp_path / "images"),), model=model, output=str(tmp_path / "results"))
+
+
+def test_the_example_names_and_explains_every_key() -> None:
+    values = yaml.safe_load(example_job())
+    for key in jobfiles._keys(JobSpec):
+        *sections, name = key.split(".")
+        inside = values
+        for section in sections:
+            inside = inside[section]
+        if sections[-1:] == ["preprocessing"]:
+            assert f"#   {name}: " in example_job()
+        else:
+            assert name in inside, key
+    lines = example_job().splitlines()
+    for before, line in pairwise(lines):
+        if line.strip() and not line.strip().startswith("#"):
+            assert before.strip().startswith("#"), f"nothing explains {line}"
+    assert max(map(len, lines)) <= 110
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_dumped_job_loads_to_itself(tmp_path: Path, suffix: str) -> None:
+    job = load_job(write(tmp_path, FORMS["job.yaml"]))
+    values = job.model_dump(mode="json")
+    text = json.dumps(values) if suffix == "json" else yaml.safe_dump(values)
+    assert load_job(write(tmp_path, text, f"again.{suffix}")) == job
+
+
+def test_paths_start_at_the_folder_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "vit").mkdir()
+    job = load_job(
+        write(
+            tmp_path / "deep",
+            json.dumps(
+                {
+                    "images": [
+                        "../a.png",
+                        "/data/b.png",
+                        "imagefolder:train",
+                        "torchvision:GTSRB?root=data&split=test",
+                        "gs://bucket/c",
+                        "shard-{000..009}.tar",
+                    ],
+                    "model": {"model": "m:f", "weights": "../w.safetensors", "classes": "c.txt"},
+                    "output": "gs://bucket/out",
+                }
+            ),
+            "job.json",
+        )
+    )
+    deep = tmp_path / "deep"
+    assert job.images == (
+        str(tmp_path / "a.png"),
+        "/data/b.png",
+        f"imagefolder:{deep}/train",
+        f"torchvision:GTSRB?root={deep}/data&split=test",
+        "gs://bucket/c",
+        f"{deep}/shard-{{000..009}}.tar",
+    )
+    assert (job.model.weights, job.model.classes) == (f"{tmp_path}/w.safetensors", f"{deep}/c.txt")
+    assert job.output == "gs://bucket/out"
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        ("hf:vit", "hf:{folder}/vit"),
+        ("hf:google/vit", "hf:google/vit"),
+        ("net.pt2", "{folder}/net.pt2"),
+        ("net.onnx?output=y", "{folder}/net.onnx?output=y"),
+        ("torchvision:resnet18?num_classes=3", "torchvision:resnet18?num_classes=3"),
+        ("package.module:factory", "package.module:factory"),
+        ("http://host/v2/models/net", "http://host/v2/models/net"),
+    ],
+)
+def test_models_that_are_files_start_there_too(tmp_path: Path, model: str, found: str) -> None:
+    (tmp_path / "vit").mkdir()
+    assert parse_job({**SMALL, "model": {"model": model}}, tmp_path).model.model == found.format(
+        folder=tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"explain": {"mask": 3}}, r"unknown key explain\.mask; did you mean explain\.masks$"),
+        ({"masks": 3}, r"unknown key masks; did you mean explain\.masks$"),
+        ({"weights": "w"}, r"unknown key weights; did you mean model\.weights$"),
+        (
+            {"model": {"model": "m:f", "preprocessing": {"sise": [1, 1]}}},
+            r"preprocessing\.sise; did you mean",
+        ),
+        ({"qqq": 3}, r"unknown key qqq; expected one of images, model, output"),
+        ({"explain": 8000}, r"explain: expected keys such as method, found 8000"),
+        ({"model": "torchvision:resnet18"}, r"model: expected keys such as model, found 'torchvision"),
+        ({"explain": {"p_mask": 1.5}}, r"^explain\.p_mask: expected a probability"),
+        ({"output": None}, r"expected output, found none; .*job init"),
+        ({"images": 3}, r"images: .*found 3"),
+        ({"model": {"weights": "w"}}, r"expected model\.model, found none"),
+    ],
+)
+def test_mistakes_are_named_with_the_nearest_right_key(change: dict, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse_job({**SMALL, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("job.yaml", "images: [", r"job\.yaml: expected YAML: "),
+        ("job.json", "{", r"job\.json: expected JSON: "),
+        ("job.toml", "images = ", r"job\.toml: expected TOML: "),
+        ("job.yaml", "- a", r"expected keys such as images, model and output, found list"),
+        ("job.yaml", "", r"expected keys such as images, model and output, found NoneType"),
+        ("job.yaml", "output: a\nimages: b\noutput: c", r"expected each key once, found output twice"),
+        ("job.json", '{"output": 1, "output": 2}', r"expected each key once, found output twice"),
+        ("job.yaml", "output: !!python/object/apply:os.getcwd []", r"expected YAML: .*python/object"),
+        ("job.txt", "", r"expected a file with one of the suffixes \.yaml"),
+    ],
+)
+def test_files_that_are_no_jobs(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        load_job(write(tmp_path, text, name))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"none\.yaml: cannot read it: No such file"):
+        load_job(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"images": ["s3://AKIA:hunter2@bucket/x"]}, "images"),
+        ({"output": "s3://AKIA:hunter2@bucket/x"}, "output"),
+        ({"output": "s3://bucket/x?secret_key=hunter2"}, "output"),
+        ({"model": {"model": "m:f", "args": {"api_key": "hunter2"}}}, "model.args.api_key"),
+        (
+            {"model": {"model": "m:f", "args": {"deep": {"hub_token": "hunter2"}}}},
+            "model.args.deep.hub_token",
+        ),
+    ],
+)
+def test_secrets_are_refused_and_not_repeated(change: dict, where: str) -> None:
+    with pytest.raises(SpecError, match=rf"^{where}: expected no secrets") as refusal:
+        parse_job({**SMALL, **change})
+    assert "hunter2" not in str(refusal.value)
+
+
+def test_what_only_looks_like_a_secret_passes() -> None:
+    changes = {
+        "images": ["s3://bucket/a@b.png?endpoint_override=localhost:9000", "tokens/secret.png"],
+        "model": {"model": "m:f", "args": {"tokens": 77}},
+    }
+    assert parse_job({**SMALL, **changes}).model.args == {"tokens": 77}
+
+
+# What a job may use.
+
+
+@pytest.mark.parametrize(
+    ("actors", "fewest", "most"),
+    [("auto", 1, None), (0, 0, 0), (4, 4, 4), ({"min": 2, "max": 8}, 2, 8), ({"max": 8}, 1, 8)],
+)
+def test_actors_are_a_number_or_a_range(actors: object, fewest: int, most: int | None) -> None:
+    resources = Resources(actors=actors)
+    assert (resources.fewest, resources.most) == (fewest, most)
+    assert Resources(**resources.model_dump(mode="json")) == resources
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"actors": "some"},
+            r"actors: expected auto, a whole number or \{min: .*found 'some'",
+        ),
+        ({"actors": -1}, r"actors: expected auto, .*found -1"),
+        ({"actors": True}, r"actors: expected auto, .*found True"),
+        ({"actors": {"min": 3, "max": 2}}, r"actors: .*expected min <= max, found min 3 and max 2"),
+        ({"actors": {"min": 3}}, r"actors: .*max"),
+        ({"gpus_per_actor": 1.5}, r"gpus_per_actor: expected a fraction below 1 or a whole number"),
+        ({"gpus_per_actor": -0.1}, r"gpus_per_actor: "),
+        ({"cpus_per_actor": 0}, r"cpus_per_actor: "),
+        ({"max_retries": -1}, r"max_retries: "),
+        ({"deadline": 0}, r"deadline: "),
+        ({"label_selector": {"zone": 3}}, r"label_selector\.zone: "),
+    ],
+)
+def test_resources_that_cannot_be(values: dict, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Resources(**values)
+
+
+def test_fractions_of_gpus_pass() -> None:
+    assert Resources(gpus_per_actor=0.25).gpus_per_actor == 0.25
+    assert Resources(gpus_per_actor=2).gpus_per_actor == 2
+
+
+class _JobWithResources(JobSpec):
+    resources: Resources = Field(default_factory=Resources)
+
+
+def test_a_section_of_resources_in_a_job_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobfiles, "JobSpec", _JobWithResources)
+    actors = {"min": 1, "max": 4}
+    asked = {"actors": actors, "gpus_per_actor": 0.5, "label_selector": {"zone": "a"}}
+    job = parse_job({**SMALL, "resources": asked})
+    assert isinstance(job, _JobWithResources)
+    assert job.resources.actors == ActorRange(min=1, max=4)
+    assert job.resources.label_selector == {"zone": "a"}
+    with pytest.raises(SpecError, match=r"unknown key resources\.actors\.maximum"):
+        parse_job({**SMALL, "resources": {"actors": {"maximum": 4}}})
+    with pytest.raises(
+        SpecError, match=r"unknown key resources\.gpus; did you mean resources\.gpus_per_actor"
+    ):
+        parse_job({**SMALL, "resources": {"gpus": 1}})
