@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from mcrise_ray.cli_jobs import job_app, one_line_errors
 
+if TYPE_CHECKING:
     from mcrise_ray.jobs import JobSpec
 
 app = typer.Typer(
@@ -18,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(job_app, name="job")
 
 Sources = Annotated[
     list[str],
@@ -186,7 +186,7 @@ def demo(
     actors: Annotated[int, typer.Option(min=1, help="Actors that each hold the model.")] = 2,
 ) -> None:
     """Explain the bundled traffic signs with the bundled classifier on local Ray."""
-    with _one_line_errors():
+    with one_line_errors():
         from mcrise_ray import demo as bundled
         from mcrise_ray.jobs import JobSpec
         from mcrise_ray.loading import ModelSpec
@@ -211,7 +211,7 @@ def demo(
 def _run(
     options: dict[str, Any], *, actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
 ) -> None:
-    with _one_line_errors():
+    with one_line_errors():
         job = _job_spec(options, actors, cpus_per_actor, gpus_per_actor)
         _run_and_report(job, overwrite=options["overwrite"])
 
@@ -291,18 +291,6 @@ def _run_and_report(job: JobSpec, overwrite: bool) -> None:
         print(f"figures: {figures[0]}" + (f" and {len(figures) - 1} more" if len(figures) > 1 else ""))
     if summary.errors:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Errors of ours as one line and exit code 2; a bug keeps its traceback."""
-    from mcrise_ray.errors import MCRiseError
-
-    try:
-        yield
-    except MCRiseError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def _pair(option: str, text: str) -> tuple[int, int]:

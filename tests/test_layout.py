@@ -41,7 +41,9 @@ ORDER = [
     "progress",
     "jobs",
     "jobfiles",
+    "forecast",
     "demo",
+    "cli_jobs",
     "cli",
 ]
 

@@ -1,0 +1,157 @@
+"""What a job will do is counted as the job itself counts it; `mcrise job` as a user meets it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+import mcrise_ray as mr
+from mcrise_ray import scores
+from mcrise_ray.cli import app
+from mcrise_ray.errors import ImageError
+from mcrise_ray.forecast import Plan, Probe, output_bytes, plan_job, probe_job, seconds_needed
+from mcrise_ray.jobfiles import load_job
+from mcrise_ray.jobs import JobSpec, run_job
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.spec import ExplainSpec
+
+NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
+
+
+class Counting:
+    """A reporter that counts units and masks."""
+
+    def __init__(self) -> None:
+        self.units = self.masks = 0
+
+    def start(self, images: int | None, masks_per_image: int) -> None: ...
+
+    def masks_done(self, masks: int) -> None:
+        self.units += 1
+        self.masks += masks
+
+    def image_done(self, failed: bool) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "images"
+    root.mkdir()
+    (root / "a.png").write_text("not a picture")
+    for name in ("b.png", "c.png"):
+        Image.fromarray(np.full((30, 40, 3), 7, np.uint8)).save(root / name)
+    return root
+
+
+def job(images: Path, output: Path, **changes: object) -> JobSpec:
+    settings = {"model": NETWORK, "explain": ExplainSpec(masks=300), "actors": 0, "figures": 0, **changes}
+    return JobSpec(images=(str(images),), output=str(output), **settings)
+
+
+def test_the_plan_is_what_the_job_does(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "a.png").unlink()
+    spec = job(folder, tmp_path / "out", targets=(0, "top2"), standard_error=True, batch_size=48)
+    plan = plan_job(spec)
+    calls: list[int] = []
+    score = scores.ask
+
+    def ask(function: object, images: object) -> object:
+        calls.append(len(images))
+        return score(function, images)
+
+    monkeypatch.setattr("mcrise_ray.explainer.ask", ask)
+    counting = Counting()
+    run_job(spec, counting)
+    results = mr.read_results(str(tmp_path / "out"))
+    assert (plan.units, plan.masks) == (counting.units, counting.masks)
+    assert plan.model_calls == len(calls)
+    assert len(results) <= plan.rows == 6
+    probe = Probe("cpu", (20, 24), 100.0, 1.0)
+    stored = sum(row.map.nbytes + row.baseline.nbytes + row.standard_error.nbytes for row in results)
+    assert output_bytes(spec, plan, probe) == stored * plan.rows / len(results)
+    assert seconds_needed(plan, probe, 2) == pytest.approx(1 + 600 / 200)
+
+
+def test_a_long_listing_is_cut_short_and_says_so(folder: Path, tmp_path: Path) -> None:
+    plan = plan_job(job(folder, tmp_path), seconds=0)
+    assert (plan.images, plan.complete) == (1, False)
+
+
+def test_targets_of_a_manifest_are_counted(folder: Path, tmp_path: Path) -> None:
+    (folder / "list.csv").write_text("uri,target\nb.png,1|2\nc.png,0\n")
+    plan = plan_job(job(folder / "list.csv", tmp_path, targets="predicted+manifest"))
+    assert plan == Plan(images=2, complete=True, units=10, masks=600, model_calls=12, rows=5)
+
+
+def test_the_probe_passes_over_what_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    probe = probe_job(job(folder, tmp_path), seconds=0.05)
+    assert (probe.device, probe.size) == ("cpu", (20, 24))
+    assert probe.masks_per_second > 0
+    assert probe_job(job(folder, tmp_path, original_size=True), seconds=0.05).size == (30, 40)
+
+
+def test_nothing_to_probe_is_an_error(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"cannot read any of the first images: .*not an image"):
+        probe_job(job(folder / "a.png", tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match=r"expected images, found none in .*empty"):
+        plan_job(job(tmp_path / "empty", tmp_path))
+
+
+# The command line.
+
+
+def mcrise(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_init_writes_a_file_once(tmp_path: Path) -> None:
+    done = mcrise("job", "init", tmp_path / "job.yaml")
+    assert done.exit_code == 0
+    assert f"mcrise job check {tmp_path}/job.yaml" in done.stdout
+    assert load_job(tmp_path / "job.yaml").explain == ExplainSpec()
+    again = mcrise("job", "init", tmp_path / "job.yaml")
+    assert again.exit_code == 2
+    assert "error: expected a new file" in again.stderr
+    assert "expected a name such as job.yaml" in mcrise("job", "init", tmp_path / "job.json").stderr
+    assert "cannot write" in mcrise("job", "init", tmp_path / "none" / "job.yaml").stderr
+
+
+def test_check_prints_the_plan_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    values = job(folder, tmp_path / "out", actors=4).model_dump(mode="json")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
+    done = mcrise("job", "check", tmp_path / "job.yaml")
+    assert done.exit_code == 0, done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.replace("model calls", "calls").splitlines())
+    assert lines["images"] == "3"
+    assert lines["units"] == "15"
+    assert lines["calls"] == "18 with 900 masked images in all"
+    assert lines["bytes"] == "34.6 kB before compression, 20 x 24"
+    assert "with 4 actors like the one here" in lines["time"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_without_a_probe_needs_no_model(folder: Path, tmp_path: Path) -> None:
+    values = job(folder, tmp_path / "out", model=ModelSpec(model="blackboxes:broken")).model_dump(mode="json")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
+    done = mcrise("job", "check", tmp_path / "job.yaml", "--no-probe")
+    assert done.exit_code == 0
+    assert "units        15" in done.stdout
+    refused = mcrise("job", "check", tmp_path / "job.yaml")
+    assert refused.exit_code == 2
+    assert "no such checkpoint" in refused.stderr
+
+
+def test_check_names_the_right_key(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("images: x\nmodel: {model: m:f}\noutput: out\nmasks: 3\n")
+    done = mcrise("job", "check", tmp_path / "job.yaml")
+    assert done.exit_code == 2
+    assert done.stderr.strip().endswith("job.yaml: unknown key masks; did you mean explain.masks")
