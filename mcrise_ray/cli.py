@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcrise_ray.cli_jobs import job_app, one_line_errors
+from mcrise_ray.cli_jobs import cluster_app, job_app, one_line_errors
 
 if TYPE_CHECKING:
     from mcrise_ray.jobs import JobSpec
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(job_app, name="job")
+app.add_typer(cluster_app)
 
 Sources = Annotated[
     list[str],
@@ -177,6 +179,32 @@ def audit(
 ) -> None:
     """Explain many images on Ray. Every image ends in maps/ or, with the reason, in errors/."""
     _run(dict(locals()), actors=actors, cpus_per_actor=cpus_per_actor, gpus_per_actor=gpus_per_actor)
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A job: YAML, JSON or TOML.")],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, or HOST:PORT, of a Ray that this machine is part of.  [default: one of its own]",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Join another machine's Ray even without a token.")
+    ] = False,
+) -> None:
+    """Run a job file on this machine, or as part of a running Ray; see `submit` for clusters elsewhere."""
+    with one_line_errors():
+        from mcrise_ray.driver import join_cluster
+        from mcrise_ray.jobfiles import load_job
+
+        job = load_job(file)
+        if address is not None:
+            join_cluster(address, insecure=insecure)
+        _run_and_report(job, overwrite=overwrite)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +15,27 @@ if TYPE_CHECKING:
 
     from mcrise_ray.forecast import Plan
     from mcrise_ray.jobs import JobSpec
+    from mcrise_ray.submission import JobStatus, SubmittedJob
 
 job_app = typer.Typer(help="Job files: write an example, check one.", no_args_is_help=True)
+cluster_app = typer.Typer()
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A job: YAML, JSON or TOML.", show_default=False)]
+
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="The cluster's dashboard.  [env: RAY_API_SERVER_ADDRESS; default: http://127.0.0.1:8265]",
+        show_default=False,
+    ),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Go to another machine without a token, or with one in the clear.")
+]
+Submission = Annotated[
+    str, typer.Argument(metavar="ID|FILE", help="Of a submission, or the job that was submitted.")
+]
 
 
 @contextmanager
@@ -74,6 +92,174 @@ def check(
         if probe:
             for line in _probe_lines(job, plan):
                 print(line)
+
+
+@cluster_app.command()
+def submit(
+    file: File,
+    address: Address = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="Folder to send along; paths of the job inside it are read there.")
+    ] = None,
+    pip: Annotated[
+        list[str] | None, typer.Option(help="Package to install for the job (repeat for several).")
+    ] = None,
+    uv: Annotated[list[str] | None, typer.Option(help="The same, by uv, which is faster.")] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Shown with the job; no secrets.")
+    ] = None,
+    entrypoint_num_cpus: Annotated[
+        float | None, typer.Option(help="Of the cluster, for the driver.  [default: none, on the head node]")
+    ] = None,
+    entrypoint_num_gpus: Annotated[float | None, typer.Option(help="The same.")] = None,
+    entrypoint_memory: Annotated[int | None, typer.Option(help="The same, in bytes.")] = None,
+    entrypoint_resource: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=AMOUNT", help="The same, of another resource.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print what it prints, to its end.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Even if it has succeeded before.")] = False,
+    insecure: Insecure = False,
+) -> None:
+    """Run a job on a cluster. Submitted twice it is one job; one that was stopped or failed is taken up."""
+    with one_line_errors():
+        from mcrise_ray.submission import submit_job
+
+        submitted = submit_job(
+            file,
+            address,
+            working_dir=working_dir,
+            pip=pip or None,
+            uv=uv or None,
+            metadata=_pairs("--metadata", metadata),
+            entrypoint_num_cpus=entrypoint_num_cpus,
+            entrypoint_num_gpus=entrypoint_num_gpus,
+            entrypoint_memory=entrypoint_memory,
+            entrypoint_resources=_amounts("--entrypoint-resource", entrypoint_resource),
+            again=again,
+            insecure=insecure,
+        )
+        print(f"{submitted.id} writes to {submitted.output}")
+        if not follow:
+            print(f"next: mcrise status {submitted.id}, or logs --follow, or stop")
+            return
+        _print_log(submitted)
+        if submitted.wait().state != "SUCCEEDED":
+            raise typer.Exit(1)
+
+
+@cluster_app.command()
+def status(submission: Submission, address: Address = None, insecure: Insecure = False) -> None:
+    """How a submitted job is, and how far."""
+    with one_line_errors():
+        from mcrise_ray.submission import find_job
+
+        for line in _status_lines(find_job(submission, address, insecure=insecure).status()):
+            print(line)
+
+
+@cluster_app.command()
+def logs(
+    submission: Submission,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended.")] = False,
+    address: Address = None,
+    insecure: Insecure = False,
+) -> None:
+    """What a submitted job has printed."""
+    with one_line_errors():
+        from mcrise_ray.submission import find_job
+
+        found = find_job(submission, address, insecure=insecure)
+        if follow:
+            _print_log(found)
+        else:
+            print(found.logs(), end="")
+
+
+@cluster_app.command()
+def stop(submission: Submission, address: Address = None, insecure: Insecure = False) -> None:
+    """Stop a submitted job; what it has committed stays, and submitting it again resumes."""
+    with one_line_errors():
+        from mcrise_ray.submission import find_job
+
+        stopped = find_job(submission, address, insecure=insecure).stop()
+        for line in _status_lines(stopped):
+            print(line)
+
+
+@cluster_app.command(name="list")
+def list_submitted(address: Address = None, insecure: Insecure = False) -> None:
+    """All jobs of mcrise that the cluster remembers, the latest first."""
+    with one_line_errors():
+        from mcrise_ray.submission import list_jobs
+
+        for found in list_jobs(address, insecure=insecure):
+            print(f"{found.id:26} {found.state:10} {_when(found.started):16} {found.output}")
+
+
+@cluster_app.command()
+def token() -> None:
+    """Make this user's token for Ray clusters, if there is none; its value is not printed.
+
+    A cluster and everyone who submits to it need the same token. Copy the file, with mode 0600, to
+    ~/.ray/auth_token on the other machine, or set RAY_AUTH_TOKEN there.
+    """
+    with one_line_errors():
+        from mcrise_ray.access import ensure_token
+
+        path, is_new = ensure_token()
+        print(f"{path}: {'made just now' if is_new else 'there already'}, readable for this user alone")
+
+
+def _print_log(submitted: SubmittedJob) -> None:
+    for lines in submitted.follow():
+        print(lines, end="", flush=True)
+
+
+def _status_lines(status: JobStatus) -> Iterator[str]:
+    from mcrise_ray.progress import duration
+
+    yield f"id         {status.id}"
+    yield f"state      {status.state}" + (f": {status.message}" if status.message else "")
+    yield f"output     {status.output}"
+    if status.started is not None:
+        yield f"started    {_when(status.started)}"
+    progress = status.progress
+    if progress is None:
+        yield "progress   none yet, or the output cannot be read from here"
+        return
+    total = "" if progress.images_total is None else f" of {progress.images_total:,}"
+    yield f"images     {progress.images_done:,}{total}, {progress.errors:,} errors"
+    yield f"masks      {progress.masks_done:,}, {progress.masks_per_second:,.0f} masks/s"
+    if progress.seconds_left is not None and not status.has_ended:
+        yield f"time left  {duration(progress.seconds_left)}"
+    if progress.relative_error is not None:
+        yield f"error      {progress.relative_error:.3f} of a map is noise"
+    yield f"updated    {_when(progress.updated)}"
+
+
+def _when(seconds: float | None) -> str:
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
+    from mcrise_ray.errors import SpecError
+
+    pairs = {}
+    for text in given or ():
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise SpecError(f"{option}: expected KEY=VALUE, found {text!r}")
+        pairs[key] = value
+    return pairs
+
+
+def _amounts(option: str, given: list[str] | None) -> dict[str, float]:
+    from mcrise_ray.errors import SpecError
+
+    try:
+        return {name: float(amount) for name, amount in _pairs(option, given).items()}
+    except ValueError:
+        raise SpecError(f"{option}: expected NAME=AMOUNT with a number, found {given}") from None
 
 
 def _plan_lines(job: JobSpec, plan: Plan) -> Iterator[str]:

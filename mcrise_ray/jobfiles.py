@@ -90,13 +90,18 @@ def refuse_secrets(values: Mapping[str, Any]) -> None:
         secret = _secret_in_url(value) if isinstance(value, str) and is_url(value) else None
         # The name alone, because the value must not be shown.
         name = where.rpartition(".")[2]
-        if where.startswith("model.args.") and _SECRET_NAME.search(name) and isinstance(value, str):
+        if where.startswith("model.args.") and names_secret(name) and isinstance(value, str):
             secret = "a value"
         if secret is not None:
             raise SpecError(
                 f"{where}: expected no secrets, because a job is stored with its results, found {secret}; "
                 "set it as an environment variable, or in a file of credentials, where the workers run"
             )
+
+
+def names_secret(name: str) -> bool:
+    """Whether a value of this name is likely to be one that nobody else may see."""
+    return _SECRET_NAME.search(name) is not None
 
 
 def example_job() -> str:
@@ -277,7 +282,7 @@ def _secret_in_url(url: str) -> str | None:
     parts = urlsplit(url)
     if "@" in parts.netloc:
         return "a user or a key in front of the host of a URL"
-    name = next((name for name, _ in parse_qsl(parts.query) if _SECRET_NAME.search(name)), None)
+    name = next((name for name, _ in parse_qsl(parts.query) if names_secret(name)), None)
     return None if name is None else f"the option {name} of a URL"
 
 

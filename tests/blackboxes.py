@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -34,3 +36,11 @@ def nan() -> object:
 
 def number() -> int:
     return 7
+
+
+def slow() -> object:
+    def scores(images: Tensor) -> Tensor:
+        time.sleep(0.05)
+        return images.mean(dim=(2, 3))
+
+    return scores

@@ -42,12 +42,15 @@ ORDER = [
     "jobs",
     "jobfiles",
     "forecast",
+    "access",
+    "driver",
+    "submission",
     "demo",
     "cli_jobs",
     "cli",
 ]
 
-ALLOWED = {"ray": {"cluster", "jobs"}, "pyarrow": {"store", "files", "shards"}}
+ALLOWED = {"ray": {"cluster", "jobs", "driver", "submission"}, "pyarrow": {"store", "files", "shards"}}
 
 
 def imports(path: Path) -> set[str]:

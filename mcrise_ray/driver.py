@@ -1,0 +1,111 @@
+"""A job on the cluster that this process is part of: what a submission and the scripts in `jobs/` start.
+
+`python -m mcrise_ray.driver` runs the job of the environment variable `MCRISE_JOB`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+from rich.console import Console
+
+from mcrise_ray.access import token_for
+from mcrise_ray.errors import ClusterError, MCRiseError, SpecError, StoreError
+from mcrise_ray.jobfiles import load_job
+from mcrise_ray.jobs import JobSpec, run_job
+from mcrise_ray.progress import ConsoleReporter
+from mcrise_ray.store import read_results
+
+JOB_VARIABLE: Final = "MCRISE_JOB"
+"""The environment variable that holds a submitted job, as JSON."""
+
+# What a job uses, and what is drawn afterwards, does not change what it is.
+_NOT_THE_WORK: Final = ("resources", "actors", "gpus_per_actor", "figures")
+
+
+def run_here(file: str | None = None) -> int:
+    """Run a job on the cluster of this process, or on this machine where there is none.
+
+    Args:
+        file: a job file; by default the job of the environment variable `MCRISE_JOB`.
+
+    Returns:
+        The exit code: 0 where every image has ended in `maps/` or `errors/`, 2 for an error, 130 where it was
+        stopped.
+    """
+    console = Console(file=sys.stdout)
+    try:
+        job = load_job(file) if file is not None else _job_of_environment()
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            join_cluster(address)
+        # A job is stopped with this signal, which would otherwise end it in the middle of a write. Ray sets a
+        # handler of its own when it connects.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with ConsoleReporter(console) as reporter:
+            summary = run_job(job, reporter, overwrite=_has_begun(job))
+            reporter.note(
+                f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
+                f"{summary.masks} masks in {summary.seconds:.1f} s"
+            )
+    except KeyboardInterrupt:
+        console.print("stopped; submit the same job again to resume")
+        return 130
+    except MCRiseError as error:
+        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def join_cluster(address: str, *, insecure: bool = False) -> None:
+    """Connect this process, as a driver, to a cluster that runs.
+
+    Args:
+        address: `auto`, or `HOST:PORT` of Ray itself, as `RAY_ADDRESS` has it.
+        insecure: see `mcrise_ray.access.token_for`.
+
+    Raises:
+        ClusterError: it cannot be reached, or lets nobody in without its token.
+    """
+    if address != "auto" and token_for(address, insecure=insecure) is not None:
+        # Ray reads it on its import, so it has to stand there before.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    try:
+        ray.init(address=address, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        text = " ".join(str(error).split())
+        raise ClusterError(f"cannot join the cluster at {address}: {text[:300]}") from error
+
+
+def same_work(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a job in JSON, what its results depend on, and where they go."""
+    return {name: value for name, value in values.items() if name not in _NOT_THE_WORK}
+
+
+def _job_of_environment() -> JobSpec:
+    try:
+        return JobSpec(**json.loads(os.environ[JOB_VARIABLE]))
+    except (KeyError, ValueError) as error:
+        raise SpecError(f"expected a job in the environment variable {JOB_VARIABLE}: {error!r}") from error
+
+
+def _has_begun(job: JobSpec) -> bool:
+    """Whether the output holds results of this very job; those of another one are never touched."""
+    try:
+        stored = read_results(job.output).job.get("spec", {})
+    except StoreError:
+        return False
+    return same_work(stored) == same_work(job.model_dump(mode="json"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_here())

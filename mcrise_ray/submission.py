@@ -1,0 +1,399 @@
+"""Jobs on a cluster, from outside: submitted, followed, stopped, submitted again, by Ray's job server.
+
+What is submitted is the job itself, as JSON in an environment variable; the cluster runs
+`python -m mcrise_ray.driver`, which reads it. How far a job is stands in `progress.json` beside its results,
+where it outlives the driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import requests
+from pydantic import TypeAdapter, ValidationError
+
+from mcrise_ray import files
+from mcrise_ray.access import token_for
+from mcrise_ray.driver import JOB_VARIABLE, same_work
+from mcrise_ray.errors import ClusterError, ImageError, SpecError
+from mcrise_ray.jobfiles import load_job, names_secret, parse_job
+from mcrise_ray.jobs import JobSpec
+from mcrise_ray.store import Results, read_results
+
+DEFAULT_ADDRESS: Final = "http://127.0.0.1:8265"
+ENDED: Final = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
+
+_ENTRYPOINT: Final = "python -m mcrise_ray.driver"
+_OUTPUT, _JOB = "mcrise_output", "mcrise_job"  # keys of the metadata
+_LONGEST: Final = 100_000  # bytes of one environment variable; Linux allows 131,072
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is, as it last said itself in `progress.json`.
+
+    Attributes:
+        state: `running`, `done`, ...
+        images_done: committed.
+        images_total: None while the listing goes on.
+        errors: images with an error row.
+        masks_done: scored.
+        masks_per_second: lately.
+        seconds_left: None where nobody can tell.
+        relative_error: of the maps so far.
+        updated: seconds since 1970.
+    """
+
+    state: str
+    images_done: int
+    images_total: int | None
+    errors: int
+    masks_done: int
+    masks_per_second: float
+    seconds_left: float | None
+    relative_error: float | None
+    updated: float
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """What is known of a submitted job.
+
+    Attributes:
+        id: of the submission.
+        state: Ray's: `PENDING`, `RUNNING`, `STOPPED`, `SUCCEEDED` or `FAILED`.
+        message: Ray's, on one line.
+        output: where the results go.
+        progress: None where there is none yet, or the output cannot be read from here.
+        started, ended: seconds since 1970.
+    """
+
+    id: str
+    state: str
+    message: str
+    output: str
+    progress: Progress | None
+    started: float | None
+    ended: float | None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will not change any more."""
+        return self.state in ENDED
+
+
+_PROGRESS = TypeAdapter(Progress)
+
+
+class SubmittedJob:
+    """A job on a cluster: what `submit_job` and `find_job` return."""
+
+    def __init__(self, client: Any, address: str, submission_id: str, output: str) -> None:
+        self._client, self._address = client, address
+        self.id, self.output = submission_id, output
+
+    def status(self) -> JobStatus:
+        """How the job is, and how far.
+
+        Raises:
+            ClusterError: the cluster cannot be asked; so for all other methods.
+        """
+        with _errors(self._address):
+            return _status(self._client.get_job_info(self.id))
+
+    def wait(self, timeout: float | None = None, *, every: float = 2.0) -> JobStatus:
+        """Wait until the job has ended.
+
+        Raises:
+            ClusterError: it has not within `timeout` seconds; it goes on.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        while not (status := self.status()).has_ended:
+            if until is not None and time.monotonic() > until:
+                raise ClusterError(f"expected {self.id} to end within {timeout:g} s, found it {status.state}")
+            time.sleep(every)
+        return status
+
+    def logs(self) -> str:
+        """All that the job has printed."""
+        with _errors(self._address):
+            return str(self._client.get_job_logs(self.id))
+
+    def follow(self) -> Iterator[str]:
+        """What the job prints, from the beginning and as it comes, until it has ended."""
+        loop = asyncio.new_event_loop()
+        tail = self._client.tail_job_logs(self.id)
+        try:
+            with _errors(self._address):
+                while (lines := loop.run_until_complete(anext(tail, None))) is not None:
+                    yield lines
+        finally:
+            loop.run_until_complete(tail.aclose())
+            loop.close()
+
+    def stop(self, timeout: float = 60.0) -> JobStatus:
+        """Stop the job and wait for its end; what it has committed stays, and submitting it again resumes."""
+        with _errors(self._address):
+            self._client.stop_job(self.id)
+        return self.wait(timeout, every=0.5)
+
+    def results(self) -> Results:
+        """What the job has committed so far.
+
+        Raises:
+            StoreError: there is nothing yet, or the output cannot be read from here.
+        """
+        return read_results(self.output)
+
+
+def submit_job(
+    job: JobSpec | str | os.PathLike[str],
+    address: str | None = None,
+    *,
+    working_dir: str | os.PathLike[str] | None = None,
+    pip: Sequence[str] | None = None,
+    uv: Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    entrypoint_num_cpus: float | None = None,
+    entrypoint_num_gpus: float | None = None,
+    entrypoint_memory: int | None = None,
+    entrypoint_resources: Mapping[str, float] | None = None,
+    again: bool = False,
+    insecure: bool = False,
+) -> SubmittedJob:
+    """Run a job on a cluster; submitted twice it is one job.
+
+    The id comes from the job and its output. A job that runs, or has succeeded, is returned as it is; one
+    that was stopped or failed gets the next id (`-2`, `-3`) and takes up what is committed.
+
+    Args:
+        job: a `JobSpec`, or a job file.
+        address: the job server's, which is the dashboard's; `RAY_API_SERVER_ADDRESS`, or port 8265 here.
+        working_dir: a folder to send along; paths of the job inside it are read there.
+        pip: packages to install for the job, as Ray's runtime environments do it.
+        uv: the same by uv, which is faster.
+        metadata: shown with the job. No place for secrets.
+        entrypoint_num_cpus: what the driver takes of the cluster; by default it runs on the head node and
+            takes nothing.
+        entrypoint_num_gpus: the same.
+        entrypoint_memory: the same, in bytes.
+        entrypoint_resources: the same, of other resources.
+        again: run a job that has succeeded once more.
+        insecure: send it to another machine without a token, or with one in the clear.
+
+    Raises:
+        SpecError: the job holds a secret, or writes to a place that the cluster cannot know.
+        ClusterError: the cluster cannot be reached or refuses, or another job writes to the same output.
+    """
+    spec = load_job(job) if not isinstance(job, JobSpec) else parse_job(job.model_dump(mode="json"))
+    for name in metadata or {}:
+        if names_secret(name):
+            raise SpecError(f"metadata: expected no secrets, because everyone sees it, found {name}")
+    content = json.dumps(_sent(spec, working_dir), sort_keys=True)
+    if len(content.encode()) > _LONGEST:
+        raise SpecError(
+            f"expected a job of at most {_LONGEST:,} bytes, found more; list images in a manifest"
+        )
+    client, url = _client(address, insecure)
+    base = submission_id(spec)
+    with _errors(url):
+        attempts = _attempts(client, base)
+        _refuse_shared_output(client, base, spec.output)
+        if attempts:
+            number, details = attempts[-1]
+            state = str(details.status.value)
+            if state not in ENDED or (state == "SUCCEEDED" and not again):
+                return SubmittedJob(client, url, details.submission_id, spec.output)
+        name = base if not attempts else f"{base}-{number + 1}"
+        environment: dict[str, Any] = {"env_vars": {JOB_VARIABLE: content}}
+        for key, value in (("pip", pip), ("uv", uv)):
+            if value is not None:
+                environment[key] = list(value)
+        if working_dir is not None:
+            environment["working_dir"] = os.fspath(working_dir)
+        try:
+            client.submit_job(
+                entrypoint=_ENTRYPOINT,
+                submission_id=name,
+                runtime_env=environment,
+                metadata={**(metadata or {}), _OUTPUT: spec.output, _JOB: base},
+                entrypoint_num_cpus=entrypoint_num_cpus,
+                entrypoint_num_gpus=entrypoint_num_gpus,
+                entrypoint_memory=entrypoint_memory,
+                entrypoint_resources=dict(entrypoint_resources) if entrypoint_resources else None,
+            )
+        except RuntimeError:
+            # Somebody else may have submitted the same job a moment ago: then it is theirs and ours.
+            if name not in {details.submission_id for _, details in _attempts(client, base)}:
+                raise
+    return SubmittedJob(client, url, name, spec.output)
+
+
+def find_job(
+    submission: str | os.PathLike[str], address: str | None = None, *, insecure: bool = False
+) -> SubmittedJob:
+    """A job that was submitted, by its id or by its file (the latest attempt).
+
+    Raises:
+        ClusterError: the cluster knows no such job.
+    """
+    name = os.fspath(submission)
+    base = submission_id(load_job(name)) if Path(name).is_file() else None
+    client, url = _client(address, insecure)
+    with _errors(url):
+        if base is not None:
+            attempts = _attempts(client, base)
+            if not attempts:
+                raise ClusterError(f"expected a submission of {name} ({base}) at {url}, found none")
+            details = attempts[-1][1]
+        else:
+            details = client.get_job_info(name)
+    return SubmittedJob(client, url, details.submission_id, details.metadata.get(_OUTPUT, ""))
+
+
+def list_jobs(address: str | None = None, *, insecure: bool = False) -> list[JobStatus]:
+    """All jobs of ours that the cluster remembers, the latest first."""
+    client, url = _client(address, insecure)
+    with _errors(url):
+        found = [details for details in client.list_jobs() if _OUTPUT in (details.metadata or {})]
+    return [
+        _status(details, far=False)
+        for details in sorted(found, key=lambda d: d.start_time or 0, reverse=True)
+    ]
+
+
+def submission_id(job: JobSpec) -> str:
+    """The id of a job's first submission: the same for the same work to the same output."""
+    content = json.dumps(same_work(job.model_dump(mode="json")), sort_keys=True)
+    return f"mcrise-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def _client(address: str | None, insecure: bool) -> tuple[Any, str]:
+    """A client of a job server that answers and lets us in, and the server's URL."""
+    url = _url(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
+    token = token_for(url, insecure=insecure)
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+    try:
+        answer = requests.get(f"{url}/api/version", headers=headers, verify=verify, timeout=20)
+    except requests.RequestException as error:
+        raise ClusterError(
+            f"expected a cluster at {url}, cannot reach it: {type(error).__name__}; is there a tunnel to its "
+            "dashboard, and is --address right?"
+        ) from error
+    if answer.status_code == 401:
+        raise ClusterError(f"{url} expects a token, found none (401); see: mcrise token --help")
+    if answer.status_code == 403:
+        raise ClusterError(
+            f"{url} expects another token than the one that was sent (403); copy the cluster's"
+        )
+    if answer.status_code != 200:
+        raise ClusterError(f"expected Ray's job server at {url}, found HTTP status {answer.status_code}")
+
+    from ray.job_submission import JobSubmissionClient
+
+    with _errors(url):
+        return JobSubmissionClient(url, headers=headers, verify=verify), url
+
+
+def _url(address: str) -> str:
+    url = (address if "://" in address else f"http://{address}").rstrip("/")
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ClusterError(
+            f"expected the address of a dashboard such as {DEFAULT_ADDRESS}, found {address}; jobs are not "
+            "submitted through ray://"
+        )
+    if parts.username or parts.password:
+        raise ClusterError("expected an address without user and password; a token goes into RAY_AUTH_TOKEN")
+    return url
+
+
+@contextmanager
+def _errors(url: str) -> Iterator[None]:
+    """What Ray's client raises, as one line of ours."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:  # requests' errors are OSErrors
+        text = " ".join(str(error).split())
+        raise ClusterError(f"{url}: {text[:500] or type(error).__name__}") from error
+
+
+def _attempts(client: Any, base: str) -> list[tuple[int, Any]]:
+    """The submissions of one job with their numbers, in order."""
+    found = []
+    for details in client.list_jobs():
+        match = re.fullmatch(rf"{base}(?:-(\d+))?", details.submission_id or "")
+        if match:
+            found.append((int(match[1] or 1), details))
+    return sorted(found, key=lambda attempt: attempt[0])
+
+
+def _refuse_shared_output(client: Any, base: str, output: str) -> None:
+    """Two jobs that write to one place at a time would spoil both."""
+    for details in client.list_jobs():
+        known = details.metadata or {}
+        if known.get(_OUTPUT) == output and known.get(_JOB) != base and details.status.value not in ENDED:
+            raise ClusterError(
+                f"expected {output} for this job alone, found {details.submission_id} writing to it; choose "
+                f"another output, or: mcrise stop {details.submission_id}"
+            )
+
+
+def _sent(job: JobSpec, working_dir: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """A job as the cluster reads it: paths that travel along are relative to the folder that holds them."""
+    values: dict[str, Any] = job.model_dump(mode="json")
+    if working_dir is None:
+        return values
+    root = os.path.abspath(working_dir)
+    if not os.path.isdir(root):
+        raise SpecError(f"expected a folder as working directory, found none at {root}")
+    if not files.is_url(job.output) and os.path.commonpath([root, job.output]) == root:
+        raise SpecError(
+            f"output: expected a URL or a folder that the cluster shares, found {job.output} in the working "
+            "directory, whose copy on the cluster vanishes"
+        )
+    inside = re.compile(rf"(^|^imagefolder:|^hf:|[?&]root=){re.escape(root)}(?:/|(?=[?&]|$))")
+
+    def relative(value: str | None) -> str | None:
+        if value is None or inside.search(value) is None:
+            return value
+        return re.sub(r"(^|:|=)(?=[?&]|$)", r"\1.", inside.sub(r"\1", value), count=1)
+
+    values["images"] = [relative(source) for source in values["images"]]
+    for name in ("model", "weights", "classes"):
+        values["model"][name] = relative(values["model"][name])
+    return values
+
+
+def _status(details: Any, *, far: bool = True) -> JobStatus:
+    """What Ray knows of a job and, if asked how far it is, what the job itself has written."""
+    output = (details.metadata or {}).get(_OUTPUT, "")
+    return JobStatus(
+        id=details.submission_id,
+        state=str(details.status.value),
+        message=" ".join((details.message or "").split()),
+        output=output,
+        progress=read_progress(output) if far and output else None,
+        started=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+    )
+
+
+def read_progress(output: str) -> Progress | None:
+    """How far the job that writes to an output is; None where that cannot be read."""
+    try:
+        return _PROGRESS.validate_json(files.read_bytes(files.join(output, "progress.json")))
+    except (ImageError, ValidationError):
+        return None
