@@ -21,14 +21,14 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import requests
-from pydantic import TypeAdapter, ValidationError
 
 from mcrise_ray import files
 from mcrise_ray.access import token_for
 from mcrise_ray.driver import JOB_VARIABLE, same_work
-from mcrise_ray.errors import ClusterError, ImageError, SpecError
+from mcrise_ray.errors import ClusterError, SpecError
 from mcrise_ray.jobfiles import load_job, names_secret, parse_job
 from mcrise_ray.jobs import JobSpec
+from mcrise_ray.progressfile import Progress, read_progress
 from mcrise_ray.store import Results, read_results
 
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:8265"
@@ -36,34 +36,8 @@ ENDED: Final = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 
 _ENTRYPOINT: Final = "python -m mcrise_ray.driver"
 _OUTPUT, _JOB = "mcrise_output", "mcrise_job"  # keys of the metadata
+_STARTING: Final = 60.0  # seconds
 _LONGEST: Final = 100_000  # bytes of one environment variable; Linux allows 131,072
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a job is, as it last said itself in `progress.json`.
-
-    Attributes:
-        state: `running`, `done`, ...
-        images_done: committed.
-        images_total: None while the listing goes on.
-        errors: images with an error row.
-        masks_done: scored.
-        masks_per_second: lately.
-        seconds_left: None where nobody can tell.
-        relative_error: of the maps so far.
-        updated: seconds since 1970.
-    """
-
-    state: str
-    images_done: int
-    images_total: int | None
-    errors: int
-    masks_done: int
-    masks_per_second: float
-    seconds_left: float | None
-    relative_error: float | None
-    updated: float
 
 
 @dataclass(frozen=True)
@@ -91,9 +65,6 @@ class JobStatus:
     def has_ended(self) -> bool:
         """Whether it will not change any more."""
         return self.state in ENDED
-
-
-_PROGRESS = TypeAdapter(Progress)
 
 
 class SubmittedJob:
@@ -222,21 +193,29 @@ def submit_job(
                 environment[key] = list(value)
         if working_dir is not None:
             environment["working_dir"] = os.fspath(working_dir)
-        try:
-            client.submit_job(
-                entrypoint=_ENTRYPOINT,
-                submission_id=name,
-                runtime_env=environment,
-                metadata={**(metadata or {}), _OUTPUT: spec.output, _JOB: base},
-                entrypoint_num_cpus=entrypoint_num_cpus,
-                entrypoint_num_gpus=entrypoint_num_gpus,
-                entrypoint_memory=entrypoint_memory,
-                entrypoint_resources=dict(entrypoint_resources) if entrypoint_resources else None,
-            )
-        except RuntimeError:
-            # Somebody else may have submitted the same job a moment ago: then it is theirs and ours.
-            if name not in {details.submission_id for _, details in _attempts(client, base)}:
-                raise
+        until = time.monotonic() + _STARTING
+        while True:
+            try:
+                client.submit_job(
+                    entrypoint=_ENTRYPOINT,
+                    submission_id=name,
+                    runtime_env=environment,
+                    metadata={**(metadata or {}), _OUTPUT: spec.output, _JOB: base},
+                    entrypoint_num_cpus=entrypoint_num_cpus,
+                    entrypoint_num_gpus=entrypoint_num_gpus,
+                    entrypoint_memory=entrypoint_memory,
+                    entrypoint_resources=dict(entrypoint_resources) if entrypoint_resources else None,
+                )
+                break
+            except RuntimeError as error:
+                # A cluster that has only just started answers before it can run anything.
+                if "No available agent" in str(error) and time.monotonic() < until:
+                    time.sleep(1)
+                    continue
+                # Somebody else may have submitted the same job a moment ago: then it is theirs and ours.
+                if name not in {details.submission_id for _, details in _attempts(client, base)}:
+                    raise
+                break
     return SubmittedJob(client, url, name, spec.output)
 
 
@@ -389,11 +368,3 @@ def _status(details: Any, *, far: bool = True) -> JobStatus:
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
     )
-
-
-def read_progress(output: str) -> Progress | None:
-    """How far the job that writes to an output is; None where that cannot be read."""
-    try:
-        return _PROGRESS.validate_json(files.read_bytes(files.join(output, "progress.json")))
-    except (ImageError, ValidationError):
-        return None

@@ -39,6 +39,7 @@ ORDER = [
     "cluster",
     "render",
     "progress",
+    "progressfile",
     "jobs",
     "jobfiles",
     "forecast",

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
+import ssl
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ import pytest
 import requests
 import yaml
 from click.testing import Result
+from launched import Cluster, free_port, launched
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -29,8 +26,9 @@ from mcrise_ray.errors import ClusterError, SpecError
 from mcrise_ray.jobfiles import load_job
 from mcrise_ray.jobs import JobSpec, run_job
 from mcrise_ray.loading import ModelSpec
+from mcrise_ray.progressfile import read_progress
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.submission import find_job, list_jobs, read_progress, submission_id, submit_job
+from mcrise_ray.submission import _sent, find_job, list_jobs, submission_id, submit_job
 
 
 class Silent:
@@ -45,77 +43,14 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
-ROOT = Path(__file__).parents[1]
-LAUNCHER = yaml.safe_load((ROOT / "cluster/launcher/onprem.yaml").read_text())
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
 SLOW = ModelSpec(model="blackboxes:slow", preprocessing={"size": (20, 24)})
 
 
-@dataclass(frozen=True)
-class RunningCluster:
-    url: str
-    token: str
-    home: Path
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
-    """A head node started by the launcher's own command, with a token, on this machine alone."""
-    home = tmp_path_factory.mktemp("home")
-    tmp = Path(f"/tmp/mcrise-sub-{os.getpid()}")  # Ray's sockets need a short path
-    tmp.mkdir(exist_ok=True)
-    dashboard = free_port()
-    (command,) = [line for line in LAUNCHER["head_start_ray_commands"] if "ray start" in line]
-    command = command.replace(". ~/mcrise-venv/bin/activate;", "").replace("--num-cpus=0", "--num-cpus=2")
-    command = command.replace("--port=6379", f"--port={free_port()} --dashboard-port={dashboard}")
-    command = command.replace("--metrics-export-port=8080", f"--metrics-export-port={free_port()}")
-    command = re.sub(r"--autoscaling-config=\S+", "--node-ip-address=127.0.0.1 --block", command)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(home))
-        patch.setenv("RAY_TMPDIR", str(tmp))
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        patch.delenv("RAY_AUTH_TOKEN", raising=False)
-        patch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-        assert mcrise("token").exit_code == 0
-        (home / "node-env.sh").write_text((ROOT / "cluster/launcher/node-env.sh").read_text())
-        with open(tmp / "head.log", "w") as log:
-            head = subprocess.Popen(
-                [
-                    "bash",
-                    "-c",
-                    command.replace("ray start", f"{sys.executable} -m ray.scripts.scripts start"),
-                ],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        url = f"http://127.0.0.1:{dashboard}"
-        try:
-            until = time.monotonic() + 60
-            while not answers(url):
-                assert head.poll() is None, (tmp / "head.log").read_text()
-                assert time.monotonic() < until, (tmp / "head.log").read_text()
-                time.sleep(0.3)
-            yield RunningCluster(url, (home / ".ray/auth_token").read_text(), home)
-        finally:
-            for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            head.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/api/version", timeout=5).status_code == 401
-    except requests.ConnectionError:
-        return False
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with launched(tmp_path_factory.mktemp("home"), cpus_of_head=2) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -144,21 +79,21 @@ def mcrise(*arguments: object) -> Result:
 # Who may come in.
 
 
-def post(cluster: RunningCluster, token: str | None) -> requests.Response:
+def post(cluster: Cluster, token: str | None) -> requests.Response:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     return requests.post(
         f"{cluster.url}/api/jobs/", json={"entrypoint": "touch /tmp/owned"}, headers=headers, timeout=10
     )
 
 
-def test_submission_without_a_token_or_with_a_wrong_one_is_refused(cluster: RunningCluster) -> None:
+def test_submission_without_a_token_or_with_a_wrong_one_is_refused(cluster: Cluster) -> None:
     assert post(cluster, None).status_code == 401
     assert post(cluster, "0" * 64).status_code == 403
     assert list_jobs(cluster.url) == []
 
 
 def test_our_client_says_what_was_wrong(
-    cluster: RunningCluster, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     with pytest.raises(ClusterError, match=r"expects another token .*\(403\)") as wrong:
@@ -170,7 +105,7 @@ def test_our_client_says_what_was_wrong(
         submit_job(job(folder, tmp_path), cluster.url)
 
 
-def test_only_this_machine_can_reach_it(cluster: RunningCluster) -> None:
+def test_only_this_machine_can_reach_it(cluster: Cluster) -> None:
     listening = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -184,7 +119,7 @@ def test_only_this_machine_can_reach_it(cluster: RunningCluster) -> None:
 
 
 def test_a_job_from_submission_to_results(
-    cluster: RunningCluster, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    cluster: Cluster, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     spec = job(folder, tmp_path / "out")
     submitted = submit_job(spec, cluster.url, metadata={"team": "signs"})
@@ -214,7 +149,7 @@ def test_a_job_from_submission_to_results(
 
 @pytest.mark.slow  # 25 s: two drivers, one after the other
 def test_a_stopped_job_is_taken_up_by_the_next_submission(
-    cluster: RunningCluster, folder: Path, tmp_path: Path
+    cluster: Cluster, folder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "job.yaml"
     spec = job(folder, tmp_path / "out", model=SLOW, explain=ExplainSpec(masks=2000, grid=(4, 4)))
@@ -245,9 +180,7 @@ def test_a_stopped_job_is_taken_up_by_the_next_submission(
 
 
 @pytest.mark.slow  # 20 s
-def test_files_travel_along_and_failures_are_told(
-    cluster: RunningCluster, folder: Path, tmp_path: Path
-) -> None:
+def test_files_travel_along_and_failures_are_told(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
     sent = tmp_path / "sent"
     (sent / "images").mkdir(parents=True)
     (sent / "images" / "a.png").write_bytes((folder / "a.png").read_bytes())
@@ -264,7 +197,7 @@ def test_files_travel_along_and_failures_are_told(
     assert "error: --model blackboxes:broken raised RuntimeError: no such checkpoint" in broken.logs()
 
 
-def test_progress_is_read_from_the_output(cluster: RunningCluster, tmp_path: Path) -> None:
+def test_progress_is_read_from_the_output(tmp_path: Path) -> None:
     assert read_progress(str(tmp_path)) is None
     (tmp_path / "progress.json").write_text(
         '{"state": "running", "images_done": 3, "images_total": null, "errors": 1, "masks_done": 900, '
@@ -277,13 +210,55 @@ def test_progress_is_read_from_the_output(cluster: RunningCluster, tmp_path: Pat
     assert read_progress(str(tmp_path)) is None
 
 
-def test_an_unknown_job_is_named(cluster: RunningCluster, folder: Path, tmp_path: Path) -> None:
+def test_an_unknown_job_is_named(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=r"mcrise-none"):
         find_job("mcrise-none", cluster.url).status()
     file = tmp_path / "job.json"
     file.write_text(json.dumps(job(folder, tmp_path).model_dump(mode="json")))
     with pytest.raises(ClusterError, match=rf"expected a submission of .*{submission_id(load_job(file))}"):
         find_job(file, cluster.url)
+
+
+def test_status_shows_progress(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
+    spec = job(folder, tmp_path / "out", model=ModelSpec(model="blackboxes:broken"))
+    submitted = submit_job(spec, cluster.url)
+    before = mcrise("status", submitted.id, "--address", cluster.url)
+    assert before.exit_code == 0, before.stderr
+    assert "progress   none yet" in before.stdout
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "progress.json").write_text(
+        '{"state": "running", "images_done": 3, "images_total": 10, "errors": 1, "masks_done": 1900, '
+        '"masks_per_second": 30.5, "seconds_left": 75, "relative_error": 0.25, "updated": 1e9}'
+    )
+    shown = mcrise("status", submitted.id, "--address", cluster.url).stdout
+    assert "images     3 of 10, 1 errors" in shown
+    assert "masks      1,900, 30 masks/s" in shown
+    assert "error      0.250 of a map is noise" in shown
+    submitted.wait(60)
+
+
+def only_loopback() -> bool:
+    return all(name == "lo" for name, state in psutil.net_if_stats().items() if state.isup)
+
+
+@pytest.mark.slow  # 40 s: two nodes
+@pytest.mark.skipif(not only_loopback(), reason="two nodes meet on 127.0.0.1 only in `unshare --net`")
+def test_with_tls_and_a_worker_node_as_the_template_starts_them(
+    folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home = tmp_path_factory.mktemp("home-tls")
+    with launched(home, cpus_of_head=0, worker=True, tls=True) as cluster:
+        host, _, port = cluster.address.partition(":")
+        context = ssl.create_default_context(cafile=home / "mcrise-tls/ca.crt")
+        context.load_cert_chain(home / "mcrise-tls/node.crt", home / "mcrise-tls/node.key")
+        with (
+            socket.create_connection((host, int(port)), 10) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secure,
+        ):
+            assert secure.version() in {"TLSv1.2", "TLSv1.3"}
+        done = submit_job(job(folder, tmp_path / "out"), cluster.url)
+        assert done.wait(90).state == "SUCCEEDED", done.logs()
+    assert len(maps(tmp_path / "out")) == 6
 
 
 # Without a cluster.
@@ -327,6 +302,36 @@ def test_other_machines_need_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_submissions_that_make_no_sense(tmp_path: Path, arguments: dict, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         submit_job(job(tmp_path, tmp_path / "out"), "127.0.0.1:1", **arguments)
+
+
+def test_paths_that_travel_are_relative_to_the_folder_that_holds_them(tmp_path: Path) -> None:
+    root = tmp_path / "sent"
+    root.mkdir()
+    images = (
+        f"{root}/images",
+        str(root),
+        f"imagefolder:{root}/train",
+        f"torchvision:GTSRB?root={root}&split=test",
+        f"{root}-other/a.png",
+        "s3://bucket/a.png",
+    )
+    model = ModelSpec(model=f"hf:{root}/vit", classes=f"{root}/classes.txt", weights="/shared/w.safetensors")
+    spec = job(tmp_path, tmp_path / "out", model=model).model_copy(update={"images": images})
+    sent = _sent(spec, root)
+    assert sent["images"] == [
+        "images",
+        ".",
+        "imagefolder:train",
+        "torchvision:GTSRB?root=.&split=test",
+        f"{root}-other/a.png",
+        "s3://bucket/a.png",
+    ]
+    assert sent["model"]["model"] == "hf:vit"
+    assert sent["model"]["classes"] == "classes.txt"
+    assert sent["model"]["weights"] == "/shared/w.safetensors"
+    assert sent["output"] == str(tmp_path / "out")
+    assert _sent(spec, None) == spec.model_dump(mode="json")
+    JobSpec(**sent)
 
 
 def test_an_output_that_would_vanish_is_refused(tmp_path: Path) -> None:

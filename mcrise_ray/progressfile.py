@@ -1,0 +1,52 @@
+"""How far a job is, as it writes it beside its results, where it outlives the process that does the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import TypeAdapter, ValidationError
+
+from mcrise_ray import files
+from mcrise_ray.errors import ImageError
+
+NAME: Final = "progress.json"
+"""Of the file, directly in the output."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is, as it last said itself.
+
+    Attributes:
+        state: `running`, `done`, ...
+        images_done: committed.
+        images_total: None while the listing goes on.
+        errors: images with an error row.
+        masks_done: scored.
+        masks_per_second: lately.
+        seconds_left: None where nobody can tell.
+        relative_error: of the maps so far.
+        updated: seconds since 1970.
+    """
+
+    state: str
+    images_done: int
+    images_total: int | None
+    errors: int
+    masks_done: int
+    masks_per_second: float
+    seconds_left: float | None
+    relative_error: float | None
+    updated: float
+
+
+_PROGRESS = TypeAdapter(Progress)
+
+
+def read_progress(output: str) -> Progress | None:
+    """How far the job that writes to an output is; None where there is nothing yet, or no way to read it."""
+    try:
+        return _PROGRESS.validate_json(files.read_bytes(files.join(output, NAME)))
+    except (ImageError, ValidationError):
+        return None
