@@ -18,7 +18,7 @@ from mcrise_ray.access import token_for
 from mcrise_ray.errors import ClusterError, MCRiseError, SpecError, StoreError
 from mcrise_ray.jobfiles import load_job
 from mcrise_ray.jobs import JobSpec, run_job
-from mcrise_ray.progress import ConsoleReporter
+from mcrise_ray.progress import ConsoleReporter, Reporter
 from mcrise_ray.store import read_results
 
 JOB_VARIABLE: Final = "MCRISE_JOB"
@@ -48,7 +48,7 @@ def run_here(file: str | None = None) -> int:
         # handler of its own when it connects.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with ConsoleReporter(console) as reporter:
-            summary = run_job(job, reporter, overwrite=_has_begun(job))
+            summary = run_job(job, _metered(reporter) if address else reporter, overwrite=_has_begun(job))
             reporter.note(
                 f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
                 f"{summary.masks} masks in {summary.seconds:.1f} s"
@@ -89,6 +89,13 @@ def join_cluster(address: str, *, insecure: bool = False) -> None:
 def same_work(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a job in JSON, what its results depend on, and where they go."""
     return {name: value for name, value in values.items() if name not in _NOT_THE_WORK}
+
+
+def _metered(reporter: Reporter) -> Reporter:
+    """The same, with metrics; imported here because Ray reads its settings as it is imported."""
+    from mcrise_ray.telemetry import MeteredReporter
+
+    return MeteredReporter(reporter)
 
 
 def _job_of_environment() -> JobSpec:

@@ -44,6 +44,7 @@ ORDER = [
     "jobfiles",
     "forecast",
     "access",
+    "telemetry",
     "driver",
     "submission",
     "demo",
@@ -51,7 +52,10 @@ ORDER = [
     "cli",
 ]
 
-ALLOWED = {"ray": {"cluster", "jobs", "driver", "submission"}, "pyarrow": {"store", "files", "shards"}}
+ALLOWED = {
+    "ray": {"cluster", "jobs", "driver", "submission", "telemetry"},
+    "pyarrow": {"store", "files", "shards"},
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,75 @@
+"""What a running job tells Prometheus, through Ray's own metrics endpoint on every node.
+
+| exported as | kind | labels of ours |
+| --- | --- | --- |
+| `ray_mcrise_masks_total` | counter | |
+| `ray_mcrise_images_total` | counter | `outcome`: `done`, `failed` |
+| `ray_mcrise_retries_total` | counter | `reason` |
+| `ray_mcrise_actors` | gauge | |
+| `ray_mcrise_relative_error` | gauge | |
+
+The endpoint asks for no token: what is here must be fit for everyone who can reach it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ray.util.metrics import Counter, Gauge
+
+from mcrise_ray.progress import Reporter
+
+NAMES: Final = (
+    "mcrise_masks",
+    "mcrise_images",
+    "mcrise_retries",
+    "mcrise_actors",
+    "mcrise_relative_error",
+)
+"""As Ray knows them; it puts `ray_` before them, and `_total` behind counters."""
+
+
+class MeteredReporter:
+    """A reporter that counts what it is told, and tells another one.
+
+    Make it after the process has joined a cluster: what is counted before is lost.
+    """
+
+    def __init__(self, inner: Reporter) -> None:
+        self._inner = inner
+        self._masks = Counter(NAMES[0], "Masked images that the model has scored.")
+        self._images = Counter(NAMES[1], "Images that have ended, by outcome.", ("outcome",))
+        self._retries = Counter(NAMES[2], "Units of work tried again, by reason.", ("reason",))
+        self._actors = Gauge(NAMES[3], "Actors that hold the model.")
+        self._relative_error = Gauge(NAMES[4], "Of the maps committed last: how much of a map is noise.")
+
+    def start(self, images: int | None, masks_per_image: int) -> None:
+        """See `Reporter`."""
+        self._inner.start(images, masks_per_image)
+
+    def masks_done(self, masks: int) -> None:
+        """See `Reporter`."""
+        if masks > 0:  # a counter takes no zeros
+            self._masks.inc(masks)
+        self._inner.masks_done(masks)
+
+    def image_done(self, failed: bool) -> None:
+        """See `Reporter`."""
+        self._images.inc(1, {"outcome": "failed" if failed else "done"})
+        self._inner.image_done(failed)
+
+    def note(self, text: str) -> None:
+        """See `Reporter`."""
+        self._inner.note(text)
+
+    def unit_retried(self, reason: str) -> None:
+        """A unit is tried again; reasons are few and fixed, because each is a time series of its own."""
+        self._retries.inc(1, {"reason": reason})
+
+    def actors_alive(self, actors: int) -> None:
+        """So many actors hold the model now; 0 at the end."""
+        self._actors.set(actors)
+
+    def relative_error(self, error: float) -> None:
+        """The relative error of the image that was committed just now."""
+        self._relative_error.set(error)
