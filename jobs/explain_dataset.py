@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import sys
 
-from mcrise_ray.driver import run_here
+
+def main(arguments: list[str]) -> int | str:
+    """Run the job file named; returns the exit code, or how this is used."""
+    if len(arguments) != 1:
+        return "usage: python explain_dataset.py JOB_FILE"
+
+    from mcrise_ray.driver import run_here
+
+    return run_here(arguments[0])
+
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python explain_dataset.py JOB_FILE")
-    sys.exit(run_here(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
@@ -72,9 +74,11 @@ def join_cluster(address: str, *, insecure: bool = False) -> None:
     Raises:
         ClusterError: it cannot be reached, or lets nobody in without its token.
     """
-    if address != "auto" and token_for(address, insecure=insecure) is not None:
-        # Ray reads it on its import, so it has to stand there before.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if address != "auto":
+        if token_for(address, insecure=insecure) is not None:
+            # Ray reads it on its import, so it has to stand there before.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        _knock(address)
 
     import ray
     from ray.exceptions import AuthenticationError
@@ -82,8 +86,25 @@ def join_cluster(address: str, *, insecure: bool = False) -> None:
     try:
         ray.init(address=address, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        text = " ".join(str(error).split())
-        raise ClusterError(f"cannot join the cluster at {address}: {text[:300]}") from error
+        if any(
+            isinstance(cause, AuthenticationError) for cause in (error, error.__cause__, error.__context__)
+        ):
+            reason = "it lets nobody in without its token; copy it here, see: mcrise token --help"
+        else:
+            reason = " ".join(str(error).split())[:300]
+        raise ClusterError(f"cannot join the cluster at {address}: {reason}") from error
+
+
+def _knock(address: str) -> None:
+    """Raise `ClusterError` where nobody listens: Ray itself would end this process."""
+    parts = urlsplit(f"//{address}")
+    try:
+        if parts.hostname is None or parts.port is None:
+            raise ClusterError(f"expected auto or HOST:PORT as the address of a Ray, found {address}")
+        socket.create_connection((parts.hostname, parts.port), timeout=10).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ClusterError(f"cannot join the cluster at {address}: {reason}") from error
 
 
 def same_work(values: Mapping[str, Any]) -> dict[str, Any]:

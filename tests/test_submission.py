@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +116,22 @@ def test_only_this_machine_can_reach_it(cluster: Cluster) -> None:
             if state == "0A" and int(address.split(":")[1], 16) == int(cluster.url.rpartition(":")[2]):
                 listening.add(address.split(":")[0])
     assert listening == {"0100007F"}, "the dashboard listens on 127.0.0.1"
+
+
+@pytest.mark.slow  # 30 s: Ray tries for a while
+def test_joining_with_a_wrong_token_is_refused(cluster: Cluster) -> None:
+    join = "import sys; from mcrise_ray.driver import join_cluster; join_cluster(sys.argv[1])"
+    refused = subprocess.run(
+        [sys.executable, "-c", join, cluster.address],
+        env={**os.environ, "RAY_AUTH_TOKEN": "0" * 64},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 1
+    last = refused.stderr.strip().splitlines()[-1]
+    assert last.startswith("mcrise_ray.errors.ClusterError: cannot join the cluster")
+    assert "it lets nobody in without its token" in last
 
 
 # Jobs.

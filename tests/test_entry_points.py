@@ -1,0 +1,133 @@
+"""The scripts and example jobs in `jobs/`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mcrise_ray as mr
+from mcrise_ray import driver
+from mcrise_ray.driver import JOB_VARIABLE, run_here
+from mcrise_ray.jobfiles import load_job
+
+JOBS = Path(__file__).parents[1] / "jobs"
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as the driver of a job, on no cluster."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("name", ["gtsrb", "imagenet"])
+def test_example_jobs_load_and_work_anywhere(name: str) -> None:
+    job = load_job(JOBS / f"{name}.yaml")
+    assert job.targets == ("predicted", "truth")
+    for place in (*job.images, job.output):
+        assert "/mnt/mcrise/" in place or "s3://BUCKET/" in place, "nothing relative to this repository"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_the_traffic_sign_job_fits_its_model() -> None:
+    job = load_job(JOBS / "gtsrb.yaml")
+    spec = job.model.model_copy(update={"weights": str(SHARED / "models/gtsrb_resnet18.safetensors")})
+    model = mr.load_model(spec)
+    images = mr.ImageSource(job.images[0].replace("/mnt/mcrise/gtsrb", str(SHARED / "data/gtsrb")))
+    right = 0
+    for _, image in zip(range(20), images, strict=False):
+        result = mr.explain(model, model.prepare(mr.read_image(image.uri)), spec=mr.ExplainSpec(masks=1))
+        right += result.targets == (image.label,)
+    assert right >= 19
+
+
+JOB = (
+    "images: [a.png]\noutput: out\nfigures: 0\nactors: 0\nexplain: {masks: 64}\n"
+    "model: {model: 'blackboxes:small_network', preprocessing: {size: [20, 24]}}\n"
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    Image.fromarray(np.full((20, 24, 3), 9, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "job.yaml").write_text(JOB)
+    return tmp_path / "job.yaml"
+
+
+def test_the_script_runs_a_job(file: Path) -> None:
+    path = f"{JOBS.parent}{os.pathsep}{Path(__file__).parent}"
+    outside = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, JOBS / "explain_dataset.py", file],
+        env={**outside, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 images explained, 0 errors, 1 maps, 64 masks" in done.stdout
+
+
+def test_the_script_says_how_it_is_called() -> None:
+    done = subprocess.run(
+        [sys.executable, JOBS / "explain_dataset.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "usage: python explain_dataset.py JOB_FILE"
+
+
+def test_a_job_takes_up_its_own_results_and_no_others(
+    here: None, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(str(file)) == 0
+    assert run_here(str(file)) == 0
+    file.write_text(JOB.replace("64", "65"))
+    assert run_here(str(file)) == 2
+    assert "error: expected an output without results" in capsys.readouterr().out
+    assert mr.read_results(str(file.parent / "out")).job["spec"]["explain"]["masks"] == 64
+
+
+def test_a_submitted_job_comes_from_the_environment(
+    here: None, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(JOB_VARIABLE, json.dumps(load_job(file).model_dump(mode="json")))
+    assert run_here() == 0
+    assert len(mr.read_results(str(file.parent / "out"))) == 1
+    monkeypatch.setenv(JOB_VARIABLE, "{")
+    assert run_here() == 2
+    monkeypatch.delenv(JOB_VARIABLE)
+    assert run_here() == 2
+    assert capsys.readouterr().out.count("error: expected a job in the environment variable MCRISE_JOB") == 2
+
+
+def test_a_stop_ends_with_a_word_on_how_to_go_on(
+    here: None, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(driver, "run_job", stopped)
+    assert run_here(str(file)) == 130
+    assert "stopped; submit the same job again to resume" in capsys.readouterr().out
+
+
+def test_a_cluster_that_is_not_there_is_one_line(
+    here: None, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert run_here(str(file)) == 2
+    assert "error: cannot join the cluster at 127.0.0.1:1: Connection refused" in capsys.readouterr().out
