@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -105,6 +105,14 @@ def _knock(address: str) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ClusterError(f"cannot join the cluster at {address}: {reason}") from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and all that led to it."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 def same_work(values: Mapping[str, Any]) -> dict[str, Any]:
