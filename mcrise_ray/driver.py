@@ -86,9 +86,8 @@ def join_cluster(address: str, *, insecure: bool = False) -> None:
     try:
         ray.init(address=address, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        if any(
-            isinstance(cause, AuthenticationError) for cause in (error, error.__cause__, error.__context__)
-        ):
+        # Ray hands the error itself on, or only the text of its traceback.
+        if any(AuthenticationError.__name__ in repr(cause) for cause in _causes(error)):
             reason = "it lets nobody in without its token; copy it here, see: mcrise token --help"
         else:
             reason = " ".join(str(error).split())[:300]
