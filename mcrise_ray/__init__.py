@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mcrise_ray.explainer import explain as explain
     from mcrise_ray.images import ImageSource as ImageSource
     from mcrise_ray.images import read_image as read_image
+    from mcrise_ray.jobfiles import load_job as load_job
     from mcrise_ray.jobs import JobSpec as JobSpec
     from mcrise_ray.jobs import run_job as run_job
     from mcrise_ray.loading import ModelSpec as ModelSpec
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from mcrise_ray.scores import Classifier as Classifier
     from mcrise_ray.spec import ExplainSpec as ExplainSpec
     from mcrise_ray.store import read_results as read_results
+    from mcrise_ray.submission import find_job as find_job
+    from mcrise_ray.submission import list_jobs as list_jobs
+    from mcrise_ray.submission import submit_job as submit_job
 
 __version__ = "0.1.0"
 
@@ -38,10 +42,14 @@ _HOMES = {
     "ModelSpec": "loading",
     "Preprocessing": "preprocess",
     "explain": "explainer",
+    "find_job": "submission",
+    "list_jobs": "submission",
+    "load_job": "jobfiles",
     "load_model": "models",
     "read_image": "images",
     "read_results": "store",
     "run_job": "jobs",
+    "submit_job": "submission",
 }
 
 __all__ = sorted([*_HOMES, "masks"])  # noqa: PLE0605 - the names are the table's keys
