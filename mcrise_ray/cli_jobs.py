@@ -211,8 +211,12 @@ def token() -> None:
 
 
 def _print_log(submitted: SubmittedJob) -> None:
-    for lines in submitted.follow():
-        print(lines, end="", flush=True)
+    try:
+        for lines in submitted.follow():
+            print(lines, end="", flush=True)
+    except KeyboardInterrupt:
+        typer.echo(f"\nthe job goes on; see: mcrise status {submitted.id}, or stop it", err=True)
+        raise typer.Exit(130) from None
 
 
 def _status_lines(status: JobStatus) -> Iterator[str]:

@@ -45,7 +45,8 @@ def run_here(file: str | None = None) -> int:
         job = load_job(file) if file is not None else _job_of_environment()
         address = os.environ.get("RAY_ADDRESS")
         if address:
-            join_cluster(address)
+            # Said by the cluster itself, whose settings this process has inherited.
+            _connect(address)
         # A job is stopped with this signal, which would otherwise end it in the middle of a write. Ray sets a
         # handler of its own when it connects.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -74,10 +75,14 @@ def join_cluster(address: str, *, insecure: bool = False) -> None:
     Raises:
         ClusterError: it cannot be reached, or lets nobody in without its token.
     """
+    if token_for("localhost" if address == "auto" else address, insecure=insecure) is not None:
+        # Ray reads it on its import, so it has to stand there before.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    _connect(address)
+
+
+def _connect(address: str) -> None:
     if address != "auto":
-        if token_for(address, insecure=insecure) is not None:
-            # Ray reads it on its import, so it has to stand there before.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
         _knock(address)
 
     import ray

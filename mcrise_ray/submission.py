@@ -110,6 +110,11 @@ class SubmittedJob:
                 while (lines := loop.run_until_complete(anext(tail, None))) is not None:
                     yield lines
         finally:
+            # After Ctrl-C the wait for the next line is still pending, and closing would wait for it.
+            pending = asyncio.all_tasks(loop)
+            for task in pending:
+                task.cancel()
+            loop.run_until_complete(asyncio.wait(pending) if pending else asyncio.sleep(0))
             loop.run_until_complete(tail.aclose())
             loop.close()
 
@@ -238,7 +243,7 @@ def find_job(
             details = attempts[-1][1]
         else:
             details = client.get_job_info(name)
-    return SubmittedJob(client, url, details.submission_id, details.metadata.get(_OUTPUT, ""))
+    return SubmittedJob(client, url, details.submission_id, (details.metadata or {}).get(_OUTPUT, ""))
 
 
 def list_jobs(address: str | None = None, *, insecure: bool = False) -> list[JobStatus]:

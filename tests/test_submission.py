@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -171,7 +172,7 @@ def test_a_stopped_job_is_taken_up_by_the_next_submission(
     cluster: Cluster, folder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "job.yaml"
-    spec = job(folder, tmp_path / "out", model=SLOW, explain=ExplainSpec(masks=2000, grid=(4, 4)))
+    spec = job(folder, tmp_path / "out", model=SLOW, explain=ExplainSpec(masks=8000, grid=(4, 4)))
     file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     address = ("--address", cluster.url)
     began = mcrise("submit", file, *address)
@@ -182,6 +183,21 @@ def test_a_stopped_job_is_taken_up_by_the_next_submission(
         time.sleep(0.5)
     with pytest.raises(ClusterError, match=rf"for this job alone, found {submission_id(spec)} writing to it"):
         submit_job(spec.model_copy(update={"batch_size": 32}), cluster.url)
+    follow = subprocess.Popen(
+        [sys.executable, "-c", "from mcrise_ray.cli import app; app()", "logs", file, "--follow", *address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert follow.stdout is not None
+    while "model blackboxes:slow" not in follow.stdout.readline():
+        assert follow.poll() is None
+    follow.send_signal(signal.SIGINT)
+    _, said = follow.communicate(timeout=30)
+    assert (follow.returncode, said.strip()) == (
+        130,
+        f"the job goes on; see: mcrise status {submission_id(spec)}, or stop it",
+    )
     stopped = mcrise("stop", file, *address)
     assert stopped.exit_code == 0, stopped.stderr
     assert "STOPPED" in stopped.stdout
