@@ -10,8 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -22,12 +21,7 @@ from mcrise_ray.jobfiles import load_job
 from mcrise_ray.jobs import JobSpec, run_job
 from mcrise_ray.progress import ConsoleReporter, Reporter
 from mcrise_ray.store import read_results
-
-JOB_VARIABLE: Final = "MCRISE_JOB"
-"""The environment variable that holds a submitted job, as JSON."""
-
-# What a job uses, and what is drawn afterwards, does not change what it is.
-_NOT_THE_WORK: Final = ("resources", "actors", "gpus_per_actor", "figures")
+from mcrise_ray.submission import JOB_VARIABLE, same_work
 
 
 def run_here(file: str | None = None) -> int:
@@ -117,11 +111,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while found is not None:
         yield found
         found = found.__cause__ or found.__context__
-
-
-def same_work(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a job in JSON, what its results depend on, and where they go."""
-    return {name: value for name, value in values.items() if name not in _NOT_THE_WORK}
 
 
 def _metered(reporter: Reporter) -> Reporter:

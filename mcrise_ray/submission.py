@@ -17,22 +17,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import requests
 
 from mcrise_ray import files
 from mcrise_ray.access import token_for
-from mcrise_ray.driver import JOB_VARIABLE, same_work
 from mcrise_ray.errors import ClusterError, SpecError
-from mcrise_ray.jobfiles import load_job, names_secret, parse_job
-from mcrise_ray.jobs import JobSpec
 from mcrise_ray.progressfile import Progress, read_progress
 from mcrise_ray.store import Results, read_results
 
+if TYPE_CHECKING:
+    from mcrise_ray.jobs import JobSpec
+
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:8265"
+JOB_VARIABLE: Final = "MCRISE_JOB"
+"""The environment variable of the driver that holds the job, as JSON."""
+
 ENDED: Final = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
+
+# What a job uses, and what is drawn afterwards, does not change what it is.
+_NOT_THE_WORK: Final = ("resources", "actors", "gpus_per_actor", "figures")
 
 _ENTRYPOINT: Final = "python -m mcrise_ray.driver"
 _OUTPUT, _JOB = "mcrise_output", "mcrise_job"  # keys of the metadata
@@ -172,7 +178,10 @@ def submit_job(
         SpecError: the job holds a secret, or writes to a place that the cluster cannot know.
         ClusterError: the cluster cannot be reached or refuses, or another job writes to the same output.
     """
-    spec = load_job(job) if not isinstance(job, JobSpec) else parse_job(job.model_dump(mode="json"))
+    # Not at the top, because they load torch, which asking for a job's status need not wait for.
+    from mcrise_ray.jobfiles import load_job, names_secret, parse_job
+
+    spec = load_job(job) if isinstance(job, str | os.PathLike) else parse_job(job.model_dump(mode="json"))
     for name in metadata or {}:
         if names_secret(name):
             raise SpecError(f"metadata: expected no secrets, because everyone sees it, found {name}")
@@ -192,35 +201,23 @@ def submit_job(
             if state not in ENDED or (state == "SUCCEEDED" and not again):
                 return SubmittedJob(client, url, details.submission_id, spec.output)
         name = base if not attempts else f"{base}-{number + 1}"
-        environment: dict[str, Any] = {"env_vars": {JOB_VARIABLE: content}}
-        for key, value in (("pip", pip), ("uv", uv)):
-            if value is not None:
-                environment[key] = list(value)
-        if working_dir is not None:
-            environment["working_dir"] = os.fspath(working_dir)
-        until = time.monotonic() + _STARTING
-        while True:
-            try:
-                client.submit_job(
-                    entrypoint=_ENTRYPOINT,
-                    submission_id=name,
-                    runtime_env=environment,
-                    metadata={**(metadata or {}), _OUTPUT: spec.output, _JOB: base},
-                    entrypoint_num_cpus=entrypoint_num_cpus,
-                    entrypoint_num_gpus=entrypoint_num_gpus,
-                    entrypoint_memory=entrypoint_memory,
-                    entrypoint_resources=dict(entrypoint_resources) if entrypoint_resources else None,
-                )
-                break
-            except RuntimeError as error:
-                # A cluster that has only just started answers before it can run anything.
-                if "No available agent" in str(error) and time.monotonic() < until:
-                    time.sleep(1)
-                    continue
-                # Somebody else may have submitted the same job a moment ago: then it is theirs and ours.
-                if name not in {details.submission_id for _, details in _attempts(client, base)}:
-                    raise
-                break
+        given = {
+            "pip": pip and list(pip),
+            "uv": uv and list(uv),
+            "working_dir": working_dir and str(working_dir),
+        }
+        _start(
+            client,
+            base,
+            entrypoint=_ENTRYPOINT,
+            submission_id=name,
+            runtime_env={"env_vars": {JOB_VARIABLE: content}, **{k: v for k, v in given.items() if v}},
+            metadata={**(metadata or {}), _OUTPUT: spec.output, _JOB: base},
+            entrypoint_num_cpus=entrypoint_num_cpus,
+            entrypoint_num_gpus=entrypoint_num_gpus,
+            entrypoint_memory=entrypoint_memory,
+            entrypoint_resources=dict(entrypoint_resources) if entrypoint_resources else None,
+        )
     return SubmittedJob(client, url, name, spec.output)
 
 
@@ -233,7 +230,11 @@ def find_job(
         ClusterError: the cluster knows no such job.
     """
     name = os.fspath(submission)
-    base = submission_id(load_job(name)) if Path(name).is_file() else None
+    base = None
+    if Path(name).is_file():
+        from mcrise_ray.jobfiles import load_job
+
+        base = submission_id(load_job(name))
     client, url = _client(address, insecure)
     with _errors(url):
         if base is not None:
@@ -261,6 +262,11 @@ def submission_id(job: JobSpec) -> str:
     """The id of a job's first submission: the same for the same work to the same output."""
     content = json.dumps(same_work(job.model_dump(mode="json")), sort_keys=True)
     return f"mcrise-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def same_work(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a job in JSON, what its results depend on, and where they go."""
+    return {name: value for name, value in values.items() if name not in _NOT_THE_WORK}
 
 
 def _client(address: str | None, insecure: bool) -> tuple[Any, str]:
@@ -312,6 +318,22 @@ def _errors(url: str) -> Iterator[None]:
     except (RuntimeError, ValueError, OSError) as error:  # requests' errors are OSErrors
         text = " ".join(str(error).split())
         raise ClusterError(f"{url}: {text[:500] or type(error).__name__}") from error
+
+
+def _start(client: Any, base: str, **request: Any) -> None:
+    """Submit, also to a cluster that has only just started: it answers before it can run anything."""
+    until = time.monotonic() + _STARTING
+    while True:
+        try:
+            client.submit_job(**request)
+            return
+        except RuntimeError as error:
+            # Somebody else may have submitted the same job a moment ago: then it is theirs and ours.
+            if request["submission_id"] in {details.submission_id for _, details in _attempts(client, base)}:
+                return
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(1)
 
 
 def _attempts(client: Any, base: str) -> list[tuple[int, Any]]:

@@ -17,8 +17,9 @@ from PIL import Image
 
 import mcrise_ray as mr
 from mcrise_ray import driver
-from mcrise_ray.driver import JOB_VARIABLE, run_here
+from mcrise_ray.driver import run_here
 from mcrise_ray.jobfiles import load_job
+from mcrise_ray.submission import JOB_VARIABLE
 
 JOBS = Path(__file__).parents[1] / "jobs"
 SHARED = Path(__file__).parents[2] / "shared"

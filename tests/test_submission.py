@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -25,6 +26,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
+from mcrise_ray import submission
 from mcrise_ray.cli import app
 from mcrise_ray.errors import ClusterError, SpecError
 from mcrise_ray.jobfiles import load_job
@@ -299,12 +301,123 @@ def test_with_tls_and_a_worker_node_as_the_template_starts_them(
 # Without a cluster.
 
 
+def test_asking_for_a_status_does_not_load_torch() -> None:
+    check = "import sys, mcrise_ray.submission, ray.job_submission; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
 def test_the_id_is_of_the_work_and_its_output(tmp_path: Path) -> None:
     first = job(tmp_path, tmp_path / "out")
     same = first.model_copy(update={"actors": 7, "gpus_per_actor": 0.5, "figures": 3})
     assert submission_id(first) == submission_id(same)
     for change in ({"output": "/other"}, {"batch_size": 3}, {"explain": ExplainSpec(seed=1)}):
         assert submission_id(first) != submission_id(first.model_copy(update=change))
+
+
+class FakeServer:
+    """Ray's job server as far as ids go; `failures` are raised by the next submissions."""
+
+    def __init__(self, *failures: str, ends: str = "RUNNING", taken: str | None = None) -> None:
+        self.failures, self.ends, self.taken = list(failures), ends, taken
+        self.jobs: dict[str, str] = {}
+        self.requests: list[dict] = []
+
+    def submit_job(self, **request: object) -> None:
+        self.requests.append(request)
+        if self.taken:
+            self.jobs[self.taken] = "RUNNING"
+        if self.failures:
+            raise RuntimeError(self.failures.pop(0))
+        assert request["submission_id"] not in self.jobs, "Ray's ids are unique"
+        self.jobs[str(request["submission_id"])] = self.ends
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(submission_id=name, status=SimpleNamespace(value=state), metadata=None)
+            for name, state in [("other", "RUNNING"), *self.jobs.items()]
+        ]
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    fake = FakeServer(*getattr(request, "param", ()))
+    monkeypatch.setattr(submission, "_client", lambda address, insecure: (fake, "http://here"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("state", "again", "names"),
+    [
+        ("PENDING", False, ["", "", ""]),
+        ("RUNNING", True, ["", "", ""]),
+        ("SUCCEEDED", False, ["", "", ""]),
+        ("SUCCEEDED", True, ["", "-2", "-3"]),
+        ("STOPPED", False, ["", "-2", "-3"]),
+        ("FAILED", False, ["", "-2", "-3"]),
+    ],
+)
+def test_which_submissions_are_one_job(
+    server: FakeServer, tmp_path: Path, state: str, again: bool, names: list[str]
+) -> None:
+    server.ends = state
+    spec = job(tmp_path, tmp_path / "out")
+    found = [submit_job(spec, again=again).id for _ in names]
+    assert found == [submission_id(spec) + name for name in names]
+    assert len(server.jobs) == len(set(names))
+
+
+def test_two_who_submit_at_once_share_the_job(server: FakeServer, tmp_path: Path) -> None:
+    spec = job(tmp_path, tmp_path / "out")
+    server.failures, server.taken = ["id already exists"], submission_id(spec)
+    assert submit_job(spec).id == submission_id(spec)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("server", [["No available agent to submit job"] * 3], indirect=True)
+def test_a_cluster_that_has_only_just_started_is_waited_for(server: FakeServer, tmp_path: Path) -> None:
+    submit_job(job(tmp_path, tmp_path / "out"))
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("server", [["out of luck"]], indirect=True)
+def test_other_refusals_are_told(server: FakeServer, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"^http://here: out of luck$"):
+        submit_job(job(tmp_path, tmp_path / "out"))
+
+
+def test_what_a_submission_asks_for(server: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "sent").mkdir()
+    spec = job(tmp_path / "sent" / "images", tmp_path / "out")
+    submit_job(
+        spec,
+        working_dir=tmp_path / "sent",
+        uv=["timm"],
+        metadata={"team": "signs"},
+        entrypoint_num_cpus=0.5,
+        entrypoint_resources={"disk": 1},
+    )
+    (request,) = server.requests
+    environment = request["runtime_env"]
+    assert (environment["working_dir"], environment["uv"]) == (str(tmp_path / "sent"), ["timm"])
+    assert "pip" not in environment
+    assert json.loads(environment["env_vars"]["MCRISE_JOB"])["images"] == ["images"]
+    assert request["metadata"] == {
+        "team": "signs",
+        "mcrise_output": str(tmp_path / "out"),
+        "mcrise_job": submission_id(spec),
+    }
+    assert (request["entrypoint_num_cpus"], request["entrypoint_resources"]) == (0.5, {"disk": 1})
+    assert request["entrypoint"] == "python -m mcrise_ray.driver"
+
+
+def test_a_job_too_long_for_the_environment_is_refused(server: FakeServer, tmp_path: Path) -> None:
+    spec = job(tmp_path, tmp_path / "out")
+    many = spec.model_copy(update={"images": tuple(f"/data/{n:04d}.png" for n in range(9000))})
+    with pytest.raises(SpecError, match=r"at most 100,000 bytes.*manifest"):
+        submit_job(many)
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "ftp://host", "http://"])
