@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mcrise_ray.jobs import JobSpec
+    from mcrise_ray.jobspec import JobSpec
 
 app = typer.Typer(
     help="Which pixels, and which colours, a vision model needs: RISE, debiased RISE and MC-RISE.",
@@ -188,7 +188,7 @@ def demo(
     """Explain the bundled traffic signs with the bundled classifier on local Ray."""
     with _one_line_errors():
         from mcrise_ray import demo as bundled
-        from mcrise_ray.jobs import JobSpec
+        from mcrise_ray.jobspec import JobSpec
         from mcrise_ray.loading import ModelSpec
         from mcrise_ray.spec import ExplainSpec
 
@@ -220,7 +220,7 @@ def _job_spec(
     options: dict[str, Any], actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
 ) -> JobSpec:
     from mcrise_ray.decode import DecodeOptions
-    from mcrise_ray.jobs import JobSpec
+    from mcrise_ray.jobspec import JobSpec
     from mcrise_ray.loading import ModelSpec
     from mcrise_ray.spec import ExplainSpec
 

@@ -32,18 +32,26 @@ ORDER = [
     "plan",
     "explainer",
     "store",
+    "results",
+    "faults",
+    "tasks",
     "dispatch",
+    "engine",
     "targets",
     "worker",
+    "jobspec",
     "cluster",
-    "render",
+    "checkpoints",
+    "lease",
     "progress",
+    "recorder",
+    "render",
     "jobs",
     "demo",
     "cli",
 ]
 
-ALLOWED = {"ray": {"cluster", "jobs"}, "pyarrow": {"store", "files", "shards"}}
+ALLOWED = {"ray": {"cluster", "jobs"}, "pyarrow": {"store", "results", "files", "shards"}}
 
 
 def imports(path: Path) -> set[str]:
