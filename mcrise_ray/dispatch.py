@@ -42,6 +42,7 @@ _UNITS_PER_CALL = 32
 _NEWEST = 0.2  # weight of the newest unit in the average pace
 _EARLY_BYTES = 2**30  # sums of one image that may wait for a missing one
 _EARLY_AT_LEAST = 8
+_NOBODY = -1
 
 
 @dataclass
@@ -167,6 +168,8 @@ class Ledger:
         if strike:
             self._attempts[call.tasks[0]] = self.attempts(call) + 1
         self._again.extend(Call((task,), batch_size) for task in call.tasks)
+        for task in call.tasks:
+            self._inspectors.discard(self._inspecting.get(task.image, _NOBODY))
 
     def attempts(self, call: Call) -> int:
         """How often the first task of a call has been struck before."""

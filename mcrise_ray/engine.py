@@ -98,7 +98,7 @@ class Limits:
         max_retries: of one call whose actor died under it.
         max_lost_starts: actors in a row that ended before they finished anything.
         deadline: seconds that any call may take; ten times the slowest pace seen counts where that is longer.
-        first_deadline: the same for the first call of an actor, which may compile the model.
+        first_deadline: the same until an actor has scored its first masks, which may compile the model.
         tick: seconds between looks at the clock while nothing comes back.
     """
 
@@ -130,6 +130,7 @@ class _Actor:
     calls: deque[Call] = field(default_factory=deque)  # in the order they run
     built: bool = False
     finished: int = 0
+    scored: bool = False  # any masks
     since: float = 0.0  # when the first of `calls` began to run
 
 
@@ -178,22 +179,22 @@ class Engine:
 
     def _feed(self) -> None:
         """Give calls to whoever has room, as long as there are any."""
-        for _ in range(len(self._hungry)):
-            if not self._ledger.has_work:
-                return
-            actor = self._actors.get(self._hungry.popleft())
-            if actor is None:
+        while self._hungry and self._ledger.has_work:
+            number = self._hungry.popleft()
+            actor = self._actors.get(number)
+            if actor is None or len(actor.calls) >= self._room():
                 continue
-            if len(actor.calls) >= self._room():
-                continue
-            call = self._ledger.next_call(actor.number)
+            call = self._ledger.next_call(number)
             if call is not None:
                 if not actor.calls:
                     actor.since = self._executor.now()
                 actor.calls.append(call)
-                self._executor.submit(actor.number, call)
-            if call is None or len(actor.calls) < self._room():
-                self._hungry.append(actor.number)
+                self._executor.submit(number, call)
+                if len(actor.calls) < self._room():
+                    self._hungry.append(number)
+            elif not actor.calls:
+                self._hungry.appendleft(number)
+                return  # what is left waits for others: nobody idle could be given anything
 
     def _room(self) -> int:
         """Calls in flight per actor: the second waits where the first is quick, or the actor would idle."""
@@ -229,6 +230,7 @@ class Engine:
             if done.masks:
                 self._slowest = max(self._slowest, (now - actor.since) / done.masks)
                 self._sink.masks_done(done.masks)
+                actor.scored = True
             actor.finished += 1
             self._lost_starts = 0
             for ended in self._ledger.returned(done, reply.outcomes):
@@ -262,7 +264,7 @@ class Engine:
             self._sink.note(f"waiting for {len(self._actors)} actors to start: {self._executor.shortage()}")
 
     def _deadline(self, actor: _Actor) -> float:
-        floor = self._limits.deadline if actor.finished else self._limits.first_deadline
+        floor = self._limits.deadline if actor.scored else self._limits.first_deadline
         return max(floor, _SLOW * self._slowest * actor.calls[0].masks)
 
     def _lose_actor(self, actor: _Actor, fault: Fault) -> None:

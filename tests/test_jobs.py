@@ -17,6 +17,7 @@ import pytest
 import ray
 from click.testing import Result
 from PIL import Image
+from reporting import Silent
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
@@ -27,7 +28,6 @@ from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
-from reporting import Silent
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
 SPEC = ExplainSpec(masks=300, grid=(4, 4))
