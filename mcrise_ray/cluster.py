@@ -224,7 +224,9 @@ def _outcome(future: Future[Any], building: bool) -> Any:
     if isinstance(error, RayActorError) and error.preempted:
         return Fault(FaultKind.PREEMPTED, message)
     kind = next((kind for kind, types in _KINDS.items() if isinstance(error, types)), FaultKind.DIED)
-    return Fault(kind, f"{type(error).__name__}: {lines[-1] if lines else 'no reason given'}"[:400])
+    if isinstance(error, RayActorError):
+        message = lines[-1]  # after the actor's name, address and so on
+    return Fault(kind, f"{type(error).__name__}: {message}"[:400])
 
 
 def _alive_nodes() -> list[dict[str, Any]]:

@@ -36,8 +36,7 @@ from mcrise_ray.tasks import (
     UnitTask,
 )
 
-SECONDS_PER_CALL = 0.1  # beside which the cost of a call is small
-
+_SECONDS_PER_CALL = 0.1  # quicker units share a call, beside which its cost is small
 _UNITS_PER_CALL = 32
 _NEWEST = 0.2  # weight of the newest unit in the average pace
 _EARLY_BYTES = 2**30  # sums of one image that may wait for a missing one
@@ -75,7 +74,6 @@ class Ledger:
         spec: decides the units.
         batch_size: masked images per call of the model.
         saved: gives the sums of an image that an earlier run had begun, by its `image_id`.
-        seconds_per_call: units that are quicker than that share a call.
 
     Attributes:
         batch_size: of new calls; may be lowered on the way.
@@ -87,14 +85,12 @@ class Ledger:
         spec: ExplainSpec,
         batch_size: int,
         saved: Callable[[str], Saved | None] = lambda image_id: None,
-        seconds_per_call: float = SECONDS_PER_CALL,
     ) -> None:
         self.batch_size = batch_size
         self._images: Iterator[ImageRef] = iter(images)
         self._spec = spec
         self._units = unit_count(spec)
         self._saved = saved
-        self._seconds_per_call = seconds_per_call
         self._seconds_per_mask = 0.0
         self._at_work_on: dict[int, ImageRef | None] = {}  # by worker
         self._inspecting: dict[ImageRef, int] = {}  # and the worker that does
@@ -242,7 +238,7 @@ class Ledger:
     def _units_of(self, image: ImageRef) -> tuple[UnitTask, ...]:
         progress = self._available[image]
         unit_seconds = self.seconds_per_unit
-        count = int(self._seconds_per_call / unit_seconds) if unit_seconds else 1
+        count = int(_SECONDS_PER_CALL / unit_seconds) if unit_seconds else 1
         stop = min(progress.handed_out + min(max(count, 1), _UNITS_PER_CALL), self._units)
         targets = tuple(target.index for target in progress.inspection.targets)
         tasks = tuple(

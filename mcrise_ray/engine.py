@@ -16,6 +16,7 @@ from mcrise_ray.faults import ACTOR_GONE, Fault, FaultKind, History, Then, decid
 from mcrise_ray.tasks import Call, Ended, Failure, InspectTask, Reply
 
 _SHORT_CALL = 0.5  # seconds; an actor holds a second call in its queue only while calls are that short
+_FIRST = 15  # times the deadline: how long an actor's first masks may take
 _SLOW = 10  # times the slowest pace seen: then a call counts as stalled
 _HALVINGS_TO_LEARN = 3  # calls that ran out of memory before all calls get half the batch
 _LOOK_EVERY = 1.0  # seconds between looks for stalled calls
@@ -97,15 +98,14 @@ class Limits:
     Attributes:
         max_retries: of one call whose actor died under it.
         max_lost_starts: actors in a row that ended before they finished anything.
-        deadline: seconds that any call may take; ten times the slowest pace seen counts where that is longer.
-        first_deadline: the same until an actor has scored its first masks, which may compile the model.
+        deadline: seconds that any call may take; ten times the slowest pace seen counts where that is longer,
+            and fifteen deadlines until an actor has scored its first masks, which may compile the model.
         tick: seconds between looks at the clock while nothing comes back.
     """
 
     max_retries: int = 3
     max_lost_starts: int = 8
     deadline: float = 60.0
-    first_deadline: float = 900.0
     tick: float = 1.0
 
 
@@ -227,14 +227,14 @@ class Engine:
         now = self._executor.now()
         done, rest = call.split(len(reply.outcomes))
         if done is not None:
-            if done.masks:
-                self._slowest = max(self._slowest, (now - actor.since) / done.masks)
-                self._sink.masks_done(done.masks)
-                actor.scored = True
             actor.finished += 1
             self._lost_starts = 0
             for ended in self._ledger.returned(done, reply.outcomes):
                 self._sink.ended(ended)
+            if done.masks:
+                actor.scored = True
+                self._slowest = max(self._slowest, (now - actor.since) / done.masks)
+                self._sink.masks_done(done.masks)
         if reply.fault is not None and reply.fault.kind in ACTOR_GONE:
             actor.calls.remove(call)
             actor.calls.appendleft(rest or call)
@@ -264,7 +264,7 @@ class Engine:
             self._sink.note(f"waiting for {len(self._actors)} actors to start: {self._executor.shortage()}")
 
     def _deadline(self, actor: _Actor) -> float:
-        floor = self._limits.deadline if actor.scored else self._limits.first_deadline
+        floor = self._limits.deadline * (1 if actor.scored else _FIRST)
         return max(floor, _SLOW * self._slowest * actor.calls[0].masks)
 
     def _lose_actor(self, actor: _Actor, fault: Fault) -> None:
