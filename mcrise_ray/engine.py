@@ -6,7 +6,7 @@ simulation with virtual time in the tests.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -119,7 +119,7 @@ class Tally:
         halved: calls repeated with half their batch: the last bits of their images may differ.
     """
 
-    retries: Counter[str] = field(default_factory=Counter)
+    retries: dict[str, int] = field(default_factory=dict)
     replaced: int = 0
     halved: int = 0
 
@@ -301,7 +301,7 @@ class Engine:
                 self._sink.ended(ended)
             return
         halve = decision.then is Then.HALVE
-        self.tally.retries[fault.kind.value] += 1
+        self.tally.retries[fault.kind.value] = self.tally.retries.get(fault.kind.value, 0) + 1
         self._ledger.requeue(call, strike=decision.strike, halve=halve)
         if halve:
             self.tally.halved += 1

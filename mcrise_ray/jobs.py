@@ -129,7 +129,7 @@ def _run(
         counts.masks,
         time.monotonic() - began,
         counts.earlier,
-        dict(tally.retries),
+        tally.retries,
         tally.replaced,
         tally.halved,
     )

@@ -1,6 +1,6 @@
 """What the engine costs beside the model, on local Ray: `python tests/benchmark_engine.py [overhead|long]`.
 
-`overhead`: 200 images, two actors, a model that sleeps for the whole of a unit; total time over the time slept.
+`overhead`: 200 images, two actors, a model that sleeps for the whole of a unit; total time over time slept.
 `long`: one image of 10^7 masks at 32 x 32, a trivial model, two actors; time, and memory on the way.
 """
 

@@ -95,7 +95,7 @@ def test_an_actor_that_is_lost_costs_its_calls_and_no_bits(
     assert simulation.units_run == dict.fromkeys(EVERY_UNIT, 1)  # what was lost had not been finished
     assert simulation.started == [0, 1, 2]
     assert engine.tally.replaced == 1
-    assert dict(engine.tally.retries) == {kind.value: 1}
+    assert engine.tally.retries == {kind.value: 1}
     assert sum(note.startswith(f"{kind.value}: gone") for note in sink.notes) == 1
 
 
@@ -114,7 +114,7 @@ def test_a_lost_result_is_computed_again_by_an_actor_that_stays() -> None:
     engine, sink = run(simulation)
     assert sink.values == EXPECTED
     assert simulation.started == [0, 1]
-    assert dict(engine.tally.retries) == {"result lost": 1}
+    assert engine.tally.retries == {"result lost": 1}
     assert engine.tally.replaced == 0
 
 
@@ -122,7 +122,7 @@ def test_a_stalled_call_is_given_to_another_actor_after_its_deadline() -> None:
     simulation = Simulation(2, once(STALL, is_unit), seconds=0.01)
     engine, sink = run(simulation)
     assert sink.values == EXPECTED
-    assert dict(engine.tally.retries) == {"call stalled": 1}
+    assert engine.tally.retries == {"call stalled": 1}
     assert simulation.started == [0, 1, 2]
     assert 20 + 30 <= simulation.clock <= 20 + 30 + 5
     assert any("no answer within 3" in note for note in sink.notes)
@@ -188,7 +188,7 @@ def test_an_image_that_kills_its_actors_gets_an_error_row_and_the_others_their_m
     assert sink.failures[NAMES[2]].message == "actor died, after 3 retries: segmentation fault"
     assert sink.values == {name: value for name, value in EXPECTED.items() if name != NAMES[2]}
     assert engine.tally.replaced == 4
-    assert dict(engine.tally.retries) == {"actor died": 3}
+    assert engine.tally.retries == {"actor died": 3}
 
 
 def test_an_unexpected_error_fails_its_image_alone_and_at_once() -> None:

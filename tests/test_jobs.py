@@ -136,6 +136,41 @@ def test_a_model_that_cannot_be_built_stops_the_job_with_its_own_error(
         run_job(broken, Silent())
 
 
+def test_an_actor_that_is_killed_costs_no_bits_and_is_told_of(
+    local_ray: None, folder: Path, tmp_path: Path
+) -> None:
+    """A real process, killed while it holds calls."""
+    killed: list[int] = []
+
+    class Killing(Silent):
+        def masks_done(self, masks: int) -> None:
+            super().masks_done(masks)
+            for process in psutil.Process().children(recursive=True) if not killed else []:
+                if "ray::Worker" in process.name():
+                    killed.append(process.pid)
+                    process.kill()
+                    break
+
+    slow = ModelSpec(
+        model="blackboxes:slow_means",
+        args={"seconds": "0.02"},
+        preprocessing={"size": (20, 24), "activation": "none"},
+    )
+    alone = ModelSpec(**{**slow.model_dump(), "args": {"seconds": "0"}})
+    run_job(job(folder, tmp_path / "alone", model=alone, targets=(0, 2)), Silent())
+    reporter = Killing()
+    summary = run_job(job(folder, tmp_path / "ray", model=slow, targets=(0, 2), actors=2), reporter)
+    alone_maps, together = maps(tmp_path / "alone"), maps(tmp_path / "ray")
+    assert alone_maps.keys() == together.keys()
+    for key, value in alone_maps.items():
+        np.testing.assert_array_equal(value, together[key])
+    assert (summary.images, summary.errors, summary.replaced) == (3, 4, 1)
+    assert summary.retries in ({"actor died": 1}, {"actor died": 2})
+    stored = json.loads((tmp_path / "ray/job.json").read_text())
+    assert stored["faults"] == {"retries": summary.retries, "replaced": 1, "halved": 0}
+    assert sum(note.startswith("actor died: ") for note in reporter.notes) == sum(summary.retries.values())
+
+
 def test_local_ray_listens_on_loopback_only(local_ray: None) -> None:
     family = {process.pid for process in psutil.Process().children(recursive=True)} | {os.getpid()}
     listening = {

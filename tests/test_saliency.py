@@ -209,7 +209,7 @@ def test_blending_in_normalised_space_is_blending_in_rgb(
 
 
 def test_sums_of_a_hundred_million_masks_are_as_good_as_exact(rng: np.random.Generator) -> None:
-    """Against exact arithmetic: float64 rounds once per addition, and there is one per mask, then per unit."""
+    """Against exact arithmetic: float64 rounds once per addition, one per mask and then one per unit."""
     spec = ExplainSpec(masks=10**8, grid=(1, 1), colors="black")
     total = Partial.zero(spec, 1, (1, 1))
     unit_sums = rng.random(unit_count(spec)) * 4096
@@ -229,6 +229,8 @@ def test_the_sums_of_a_unit_are_as_good_as_exact(rng: np.random.Generator) -> No
     masks, scores = draw(spec, 0, 4096), rng.random((4096, 1))
     sums = UnitSums(spec, 1, (1, 1))
     sums.accumulate(masks, scores)
-    exact = sum(Fraction(float(score)) for score, cell in zip(scores[:, 0], masks.cells.ravel()) if cell)
+    exact = sum(
+        Fraction(float(score)) for score, cell in zip(scores[:, 0], masks.cells.ravel(), strict=True) if cell
+    )
     found = Fraction(float(sums.partial().raw[0, 0, 0, 0])) / Fraction(1 / spec.p_mask)
     assert abs(found - exact) <= exact * 4097 * Fraction(1, 2**53)
