@@ -1,6 +1,6 @@
 """What the engine costs beside the model, on local Ray: `python tests/benchmark_engine.py [overhead|long]`.
 
-`overhead`: 200 images, two actors, a model that sleeps for the whole of a unit; total time over time slept.
+`overhead`: 200 images, two actors, a model that sleeps; total time over that of the bare units.
 `long`: one image of 10^7 masks at 32 x 32, a trivial model, two actors; time, and memory on the way.
 """
 
@@ -12,14 +12,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import blackboxes
 import numpy as np
 import psutil
 from PIL import Image
 from reporting import Silent
 
+from mcrise_ray.explainer import Subject, run_unit
 from mcrise_ray.jobs import run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
+from mcrise_ray.plan import unit
 from mcrise_ray.spec import ExplainSpec
 
 ACTORS = 2
@@ -76,12 +79,26 @@ def overhead(seconds: float, masks: int) -> None:
         clock = Clock()
         run_job(job(Path(folder), images, (32, 32), masks, seconds), clock)
         took = time.perf_counter() - clock.began
-    slept = images * masks / 64 * seconds
+    bare = bare_unit(seconds, masks)
+    all_units = images * masks // 64 * bare / ACTORS
     print(
-        f"units of {seconds * 1e3:.0f} ms: {images} images, {masks // 64} units each, {ACTORS} actors: "
-        f"{took:.1f} s, of {slept / ACTORS:.1f} s asleep: ratio {took * ACTORS / slept:.3f}",
+        f"units of {bare * 1e3:.1f} ms: {images} images, {masks // 64} units each, {ACTORS} actors: "
+        f"{took:.1f} s, {all_units:.1f} s of bare units: ratio {took / all_units:.3f}",
         flush=True,
     )
+
+
+def bare_unit(seconds: float, masks: int) -> float:
+    """Median seconds of one unit in this process, with nothing around it."""
+    spec = ExplainSpec(masks=masks)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    subject = Subject(blackboxes.slow_means(str(seconds)), image, spec)
+    times = []
+    for _ in range(50):
+        began = time.perf_counter()
+        run_unit(subject, unit(spec, 0), (0,), 64)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
 
 
 def long(masks: int) -> None:
@@ -98,5 +115,5 @@ if __name__ == "__main__":
     if "long" in sys.argv[1:]:
         long(10**7)
     else:
-        overhead(0.05, 8 * 64)
-        overhead(0.005, 32 * 64)
+        overhead(0.048, 8 * 64)
+        overhead(0.0033, 32 * 64)
