@@ -140,10 +140,12 @@ class Recorder:
         Raises:
             StoreError: the rest cannot be written.
         """
-        self._write(self._flush)
-        while self._backlog:
-            self._backlog.popleft().result()
-        self._writer.shutdown()
+        try:
+            self._write(self._flush)
+            while self._backlog:
+                self._backlog.popleft().result()
+        finally:  # nothing is being written any more when this returns, even where the store has failed
+            self._writer.shutdown(cancel_futures=True)
         if state == "done":
             self._checkpoints.clear()
         else:

@@ -410,7 +410,8 @@ def test_gtsrb_resnet_reads_signs() -> None:
 def test_a_job_stores_the_model_and_maps_of_the_size_asked_for(tmp_path: Path, original: bool) -> None:
     from PIL import Image
 
-    from mcrise_ray.jobs import JobSpec, draw_figures, run_job
+    from mcrise_ray.jobs import draw_figures, run_job
+    from mcrise_ray.jobspec import JobSpec
 
     sizes = {"a": (30, 50), "b": (30, 50), "c": (64, 20)}
     rng = np.random.default_rng(0)

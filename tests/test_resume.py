@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs
 import pyarrow.parquet
 import pytest
 from PIL import Image
@@ -281,6 +282,23 @@ def test_on_an_object_store_a_claim_lapses_when_it_is_not_renewed(
     second.renew()
     second.release()
     Lease(store).release()
+
+
+def test_an_interrupted_job_goes_on_on_an_object_store(
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes], s3_server: str
+) -> None:
+    filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://results/?{s3_server}")
+    filesystem.create_dir("results")
+    spec = job(folder, tmp_path).model_copy(update={"output": f"s3://results/out?{s3_server}"})
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Interrupting(1000))
+    reporter = Silent()
+    summary = run(spec, reporter)
+    assert (summary.images, summary.errors, summary.earlier) == (4, 1, 1)
+    assert reporter.masks == 4 * 640 - 1024
+    rows = mr.read_results(spec.output)
+    assert {(row.image_id, row.target): row.map.tobytes() for row in rows} == undisturbed
+    assert len(rows) == 8
 
 
 # Checkpoints.
