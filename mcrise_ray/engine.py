@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mcrise_ray.dispatch import Ledger
 from mcrise_ray.errors import ClusterError, MCRiseError
-from mcrise_ray.faults import ACTOR_GONE, Fault, FaultKind, History, Then, decide
+from mcrise_ray.faults import ACTOR_GONE, Decision, Fault, FaultKind, History, Then, decide
 from mcrise_ray.tasks import Call, Ended, Failure, InspectTask, Reply
 
 _SHORT_CALL = 0.5  # seconds; an actor holds a second call in its queue only while calls are that short
@@ -209,6 +209,7 @@ class Engine:
                 self._lose_actor(actor, event.outcome)
             elif event.call is not None:
                 actor.calls.remove(event.call)
+                actor.since = self._executor.now()
                 self._lose_call(event.call, event.outcome)
                 self._hungry.append(actor.number)
         elif event.call is None:
@@ -309,7 +310,7 @@ class Engine:
                 self._ledger.batch_size = max(1, self._ledger.batch_size // 2)
                 self._sink.note(f"batch size {self._ledger.batch_size} from here on")
 
-    def _decide(self, call: Call | None, fault: Fault) -> Any:
+    def _decide(self, call: Call | None, fault: Fault) -> Decision:
         history = History(
             attempts=self._ledger.attempts(call) if call else 0,
             batch_size=call.batch_size if call and not isinstance(call.tasks[0], InspectTask) else 1,
