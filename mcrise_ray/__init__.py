@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from mcrise_ray.images import ImageSource as ImageSource
     from mcrise_ray.images import read_image as read_image
     from mcrise_ray.jobfiles import load_job as load_job
-    from mcrise_ray.jobs import JobSpec as JobSpec
     from mcrise_ray.jobs import run_job as run_job
+    from mcrise_ray.jobspec import JobSpec as JobSpec
     from mcrise_ray.loading import ModelSpec as ModelSpec
     from mcrise_ray.models import Model as Model
     from mcrise_ray.models import load_model as load_model
     from mcrise_ray.preprocess import Preprocessing as Preprocessing
+    from mcrise_ray.results import read_results as read_results
     from mcrise_ray.scores import Classifier as Classifier
     from mcrise_ray.spec import ExplainSpec as ExplainSpec
-    from mcrise_ray.store import read_results as read_results
     from mcrise_ray.submission import find_job as find_job
     from mcrise_ray.submission import list_jobs as list_jobs
     from mcrise_ray.submission import submit_job as submit_job
@@ -36,7 +36,7 @@ _HOMES = {
     "ExplainSpec": "spec",
     "Explanation": "explainer",
     "ImageSource": "images",
-    "JobSpec": "jobs",
+    "JobSpec": "jobspec",
     "MCRiseError": "errors",
     "Model": "models",
     "ModelSpec": "loading",
@@ -47,7 +47,7 @@ _HOMES = {
     "load_job": "jobfiles",
     "load_model": "models",
     "read_image": "images",
-    "read_results": "store",
+    "read_results": "results",
     "run_job": "jobs",
     "submit_job": "submission",
 }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcrise_ray.cli_jobs import cluster_app, job_app, one_line_errors
+from mcrise_ray.cli_jobs import Insecure, cluster_app, job_app, one_line_errors
 
 if TYPE_CHECKING:
-    from mcrise_ray.jobs import JobSpec
+    from collections.abc import Iterator
+
+    from mcrise_ray.jobspec import JobSpec
 
 app = typer.Typer(
     help="Which pixels, and which colours, a vision model needs: RISE, debiased RISE and MC-RISE.",
@@ -85,6 +88,13 @@ Method = Annotated[str, typer.Option(help="mc-rise, debiased-rise or rise.")]
 Seed = Annotated[int, typer.Option(help="Seed of the masks.")]
 Output = Annotated[str, typer.Option("--output", "-o", help="Folder of the results.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove earlier results from the output first.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on from what the output holds; without it too, where that is of the same job.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Masked images per call of the model.")]
 AllowTruncated = Annotated[
     bool, typer.Option("--allow-truncated", help="Decode files that end too early instead of refusing them.")
@@ -127,6 +137,7 @@ def explain(
     seed: Seed = 0,
     output: Output = "mcrise-results",
     overwrite: Overwrite = False,
+    resume: Resume = False,
     allow_truncated: AllowTruncated = False,
     max_pixels: MaxPixels = None,
     batch_size: BatchSize = 64,
@@ -135,7 +146,7 @@ def explain(
     original_size: OriginalSize = False,
 ) -> None:
     """Explain a few images in this process, without Ray."""
-    _run(dict(locals()), actors=0, cpus_per_actor=1, gpus_per_actor=None)
+    _run(dict(locals()), actors=0)
 
 
 @app.command()
@@ -163,6 +174,7 @@ def audit(
     seed: Seed = 0,
     output: Output = "mcrise-results",
     overwrite: Overwrite = False,
+    resume: Resume = False,
     allow_truncated: AllowTruncated = False,
     max_pixels: MaxPixels = None,
     batch_size: BatchSize = 64,
@@ -176,9 +188,21 @@ def audit(
     gpus_per_actor: Annotated[
         float | None, typer.Option(help="GPUs per actor, may be a fraction.  [default: 1 where there is one]")
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to run on; auto for one on this machine.  [default: start one]"),
+    ] = None,
+    deadline: Annotated[
+        float, typer.Option(help="Seconds until a call counts as stalled; more where units are slow.")
+    ] = 60.0,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="Of a unit whose actor died, before its image gets an error row.")
+    ] = 3,
 ) -> None:
     """Explain many images on Ray. Every image ends in maps/ or, with the reason, in errors/."""
-    _run(dict(locals()), actors=actors, cpus_per_actor=cpus_per_actor, gpus_per_actor=gpus_per_actor)
+    settings = ("actors", "cpus_per_actor", "gpus_per_actor", "deadline", "max_retries")
+    given = dict(locals())
+    _run(given, address=address, **{name: given[name] for name in settings})
 
 
 @app.command()
@@ -192,19 +216,13 @@ def run(
         ),
     ] = None,
     overwrite: Overwrite = False,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Join another machine's Ray even without a token.")
-    ] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Run a job file on this machine, or as part of a running Ray; see `submit` for clusters elsewhere."""
     with one_line_errors():
-        from mcrise_ray.driver import join_cluster
         from mcrise_ray.jobfiles import load_job
 
-        job = load_job(file)
-        if address is not None:
-            join_cluster(address, insecure=insecure)
-        _run_and_report(job, overwrite=overwrite)
+        _run_and_report(load_job(file), overwrite=overwrite, address=address, insecure=insecure)
 
 
 @app.command()
@@ -216,7 +234,7 @@ def demo(
     """Explain the bundled traffic signs with the bundled classifier on local Ray."""
     with one_line_errors():
         from mcrise_ray import demo as bundled
-        from mcrise_ray.jobs import JobSpec
+        from mcrise_ray.jobspec import JobSpec
         from mcrise_ray.loading import ModelSpec
         from mcrise_ray.spec import ExplainSpec
 
@@ -236,19 +254,19 @@ def demo(
         _run_and_report(job, overwrite=True)
 
 
-def _run(
-    options: dict[str, Any], *, actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
-) -> None:
+def _run(options: dict[str, Any], address: str | None = None, **settings: Any) -> None:
+    """Run the job that the options mean; `settings` are those of its actors."""
     with one_line_errors():
-        job = _job_spec(options, actors, cpus_per_actor, gpus_per_actor)
-        _run_and_report(job, overwrite=options["overwrite"])
+        from mcrise_ray.errors import SpecError
+
+        if options["overwrite"] and options["resume"]:
+            raise SpecError("expected --overwrite or --resume, found both; one removes what the other needs")
+        _run_and_report(_job_spec(options, settings), overwrite=options["overwrite"], address=address)
 
 
-def _job_spec(
-    options: dict[str, Any], actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
-) -> JobSpec:
+def _job_spec(options: dict[str, Any], settings: dict[str, Any]) -> JobSpec:
     from mcrise_ray.decode import DecodeOptions
-    from mcrise_ray.jobs import JobSpec
+    from mcrise_ray.jobspec import JobSpec
     from mcrise_ray.loading import ModelSpec
     from mcrise_ray.spec import ExplainSpec
 
@@ -287,29 +305,41 @@ def _job_spec(
         targets=options["target"],
         decode=DecodeOptions(allow_truncated=options["allow_truncated"], **limit),
         explain=spec,
-        actors=actors,
-        cpus_per_actor=cpus_per_actor,
-        gpus_per_actor=gpus_per_actor,
         batch_size=options["batch_size"],
         standard_error=options["standard_error"],
         original_size=options["original_size"],
         figures=options["figures"],
+        **settings,
     )
 
 
-def _run_and_report(job: JobSpec, overwrite: bool) -> None:
+def _run_and_report(
+    job: JobSpec, overwrite: bool, address: str | None = None, insecure: bool = False
+) -> None:
     from rich.console import Console
 
+    from mcrise_ray.driver import joined
     from mcrise_ray.jobs import draw_figures, run_job
     from mcrise_ray.progress import ConsoleReporter, duration
 
-    with ConsoleReporter(Console(stderr=True)) as reporter:
+    # Signals after Ray, which sets a handler of its own when it connects.
+    with (
+        joined(address, insecure=insecure),
+        _stopped_by_signals(job.output),
+        ConsoleReporter(Console(stderr=True)) as reporter,
+    ):
         summary = run_job(job, reporter, overwrite=overwrite)
     rate = summary.masks / summary.seconds if summary.seconds else 0
+    earlier = f" ({summary.earlier} images by earlier runs)" if summary.earlier else ""
     print(
-        f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
+        f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps{earlier}, "
         f"{summary.masks:,} masks in {duration(summary.seconds)} ({rate:,.0f} masks/s)"
     )
+    if summary.replaced or summary.retries:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in summary.retries.items())
+        print(f"survived: {summary.replaced} actors replaced; calls repeated: {reasons or 'none'}")
+    if summary.halved:
+        print(f"{summary.halved} calls ran with half their batch: the last bits of their maps may differ")
     figures: list[str] = []
     draw_figures(job, figures.append)
     print(f"results: {job.output}/maps, read with mcrise_ray.read_results({job.output!r})")
@@ -319,6 +349,24 @@ def _run_and_report(job: JobSpec, overwrite: bool) -> None:
         print(f"figures: {figures[0]}" + (f" and {len(figures) - 1} more" if len(figures) > 1 else ""))
     if summary.errors:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _stopped_by_signals(output: str) -> Iterator[None]:
+    """Ctrl-C, and the polite end of a cluster job, leave an output to go on from."""
+    import signal
+    import threading
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():  # signals are for no other
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what is done is in {output}, and the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
 
 
 def _pair(option: str, text: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mcrise_ray.forecast import Plan
-    from mcrise_ray.jobs import JobSpec
+    from mcrise_ray.jobspec import JobSpec
     from mcrise_ray.submission import JobStatus, SubmittedJob
 
 job_app = typer.Typer(help="Job files: write an example, check one.", no_args_is_help=True)
@@ -238,7 +238,7 @@ def _status_lines(status: JobStatus) -> Iterator[str]:
         yield f"time left  {duration(progress.seconds_left)}"
     if progress.relative_error is not None:
         yield f"error      {progress.relative_error:.3f} of a map is noise"
-    yield f"updated    {_when(progress.updated)}"
+    yield f"updated    {progress.updated}"
 
 
 def _when(seconds: float | None) -> str:

@@ -11,17 +11,18 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from rich.console import Console
 
 from mcrise_ray.access import token_for
-from mcrise_ray.errors import ClusterError, MCRiseError, SpecError, StoreError
+from mcrise_ray.errors import ClusterError, MCRiseError, SpecError
 from mcrise_ray.jobfiles import load_job
-from mcrise_ray.jobs import JobSpec, run_job
+from mcrise_ray.jobs import run_job
+from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.progress import ConsoleReporter, Reporter
-from mcrise_ray.store import read_results
-from mcrise_ray.submission import JOB_VARIABLE, same_work
+from mcrise_ray.submission import JOB_VARIABLE
 
 
 def run_here(file: str | None = None) -> int:
@@ -45,7 +46,7 @@ def run_here(file: str | None = None) -> int:
         # handler of its own when it connects.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with ConsoleReporter(console) as reporter:
-            summary = run_job(job, _metered(reporter) if address else reporter, overwrite=_has_begun(job))
+            summary = run_job(job, _metered(reporter) if address else reporter)
             reporter.note(
                 f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
                 f"{summary.masks} masks in {summary.seconds:.1f} s"
@@ -73,6 +74,21 @@ def join_cluster(address: str, *, insecure: bool = False) -> None:
         # Ray reads it on its import, so it has to stand there before.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     _connect(address)
+
+
+@contextmanager
+def joined(address: str | None, *, insecure: bool = False) -> Iterator[None]:
+    """The same for a while, and not at all where there is no address."""
+    if address is None:
+        yield
+        return
+    join_cluster(address, insecure=insecure)
+    import ray
+
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _connect(address: str) -> None:
@@ -125,15 +141,6 @@ def _job_of_environment() -> JobSpec:
         return JobSpec(**json.loads(os.environ[JOB_VARIABLE]))
     except (KeyError, ValueError) as error:
         raise SpecError(f"expected a job in the environment variable {JOB_VARIABLE}: {error!r}") from error
-
-
-def _has_begun(job: JobSpec) -> bool:
-    """Whether the output holds results of this very job; those of another one are never touched."""
-    try:
-        stored = read_results(job.output).job.get("spec", {})
-    except StoreError:
-        return False
-    return same_work(stored) == same_work(job.model_dump(mode="json"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from mcrise_ray.errors import ImageError
 from mcrise_ray.explainer import explain
 from mcrise_ray.files import shown
 from mcrise_ray.images import ImageSource, read_image
-from mcrise_ray.jobs import JobSpec
+from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.models import Model, load_model
 from mcrise_ray.plan import unit_count, unit_size
 from mcrise_ray.spec import ExplainSpec

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from mcrise_ray.errors import SpecError
 from mcrise_ray.files import is_url
 from mcrise_ray.images import IMAGE_FOLDER
-from mcrise_ray.jobs import JobSpec
+from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.servers import is_server
 

@@ -26,8 +26,8 @@ class Progress:
         masks_done: scored.
         masks_per_second: lately.
         seconds_left: None where nobody can tell.
+        updated: when it said so, by its clock.
         relative_error: of the maps so far.
-        updated: seconds since 1970.
     """
 
     state: str
@@ -37,8 +37,8 @@ class Progress:
     masks_done: int
     masks_per_second: float
     seconds_left: float | None
-    relative_error: float | None
-    updated: float
+    updated: str
+    relative_error: float | None = None
 
 
 _PROGRESS = TypeAdapter(Progress)

@@ -40,7 +40,8 @@ class Resources(StrictModel):
         label_selector: Ray node labels that an actor's node must have, such as
             `{ray.io/accelerator-type: A100}`.
         max_retries: how often a unit of work is tried again after its actor or node died.
-        deadline: seconds that a unit may take before its actor counts as stuck; null sets no limit.
+        deadline: seconds that a unit may take before its actor counts as stuck; ten times the slowest pace
+            seen so far counts where that is longer.
     """
 
     actors: Literal["auto"] | int | ActorRange = "auto"
@@ -48,7 +49,7 @@ class Resources(StrictModel):
     cpus_per_actor: int = Field(default=1, ge=1)
     label_selector: dict[str, str] = Field(default_factory=dict)
     max_retries: int = Field(default=3, ge=0)
-    deadline: float | None = Field(default=None, gt=0)
+    deadline: float = Field(default=60.0, gt=0)
 
     @field_validator("actors", mode="before")
     @classmethod

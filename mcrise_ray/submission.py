@@ -26,19 +26,16 @@ from mcrise_ray import files
 from mcrise_ray.access import token_for
 from mcrise_ray.errors import ClusterError, SpecError
 from mcrise_ray.progressfile import Progress, read_progress
-from mcrise_ray.store import Results, read_results
+from mcrise_ray.results import Results, read_results
 
 if TYPE_CHECKING:
-    from mcrise_ray.jobs import JobSpec
+    from mcrise_ray.jobspec import JobSpec
 
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:8265"
 JOB_VARIABLE: Final = "MCRISE_JOB"
 """The environment variable of the driver that holds the job, as JSON."""
 
 ENDED: Final = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
-
-# What a job uses, and what is drawn afterwards, does not change what it is.
-_NOT_THE_WORK: Final = ("resources", "actors", "gpus_per_actor", "figures")
 
 _ENTRYPOINT: Final = "python -m mcrise_ray.driver"
 _OUTPUT, _JOB = "mcrise_output", "mcrise_job"  # keys of the metadata
@@ -260,13 +257,8 @@ def list_jobs(address: str | None = None, *, insecure: bool = False) -> list[Job
 
 def submission_id(job: JobSpec) -> str:
     """The id of a job's first submission: the same for the same work to the same output."""
-    content = json.dumps(same_work(job.model_dump(mode="json")), sort_keys=True)
+    content = json.dumps([job.identity, job.output], sort_keys=True)
     return f"mcrise-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-def same_work(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a job in JSON, what its results depend on, and where they go."""
-    return {name: value for name, value in values.items() if name not in _NOT_THE_WORK}
 
 
 def _client(address: str | None, insecure: bool) -> tuple[Any, str]:

@@ -13,7 +13,7 @@ The endpoint asks for no token: what is here must be fit for everyone who can re
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from ray.util.metrics import Counter, Gauge
 
@@ -43,9 +43,9 @@ class MeteredReporter:
         self._actors = Gauge(NAMES[3], "Actors that hold the model.")
         self._relative_error = Gauge(NAMES[4], "Of the maps committed last: how much of a map is noise.")
 
-    def start(self, images: int | None, masks_per_image: int) -> None:
+    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
         """See `Reporter`."""
-        self._inner.start(images, masks_per_image)
+        self._inner.start(images, masks_per_image, done)
 
     def masks_done(self, masks: int) -> None:
         """See `Reporter`."""
@@ -61,6 +61,10 @@ class MeteredReporter:
     def note(self, text: str) -> None:
         """See `Reporter`."""
         self._inner.note(text)
+
+    def outlook(self) -> dict[str, Any]:
+        """See `Reporter`."""
+        return self._inner.outlook()
 
     def unit_retried(self, reason: str) -> None:
         """A unit is tried again; reasons are few and fixed, because each is a time series of its own."""

@@ -12,33 +12,33 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
-from mcrise_ray import scores
+from mcrise_ray import scores, worker
 from mcrise_ray.cli import app
 from mcrise_ray.errors import ImageError
 from mcrise_ray.forecast import Plan, Probe, output_bytes, plan_job, probe_job, seconds_needed
 from mcrise_ray.jobfiles import load_job
-from mcrise_ray.jobs import JobSpec, run_job
+from mcrise_ray.jobs import run_job
+from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
+from mcrise_ray.plan import Unit
 from mcrise_ray.spec import ExplainSpec
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
 
 
-class Counting:
-    """A reporter that counts units and masks."""
+class Silent:
+    """A reporter that says nothing."""
 
-    def __init__(self) -> None:
-        self.units = self.masks = 0
+    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None: ...
 
-    def start(self, images: int | None, masks_per_image: int) -> None: ...
-
-    def masks_done(self, masks: int) -> None:
-        self.units += 1
-        self.masks += masks
+    def masks_done(self, masks: int) -> None: ...
 
     def image_done(self, failed: bool) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def outlook(self) -> dict[str, object]:
+        return {"images_total": None, "seconds_left": None}
 
 
 @pytest.fixture
@@ -67,11 +67,18 @@ def test_the_plan_is_what_the_job_does(folder: Path, tmp_path: Path, monkeypatch
         calls.append(len(images))
         return score(function, images)
 
+    units: list[int] = []
+    run_unit = worker.run_unit
+
+    def run(subject: object, unit: Unit, *rest: object) -> object:
+        units.append(len(unit))
+        return run_unit(subject, unit, *rest)
+
     monkeypatch.setattr("mcrise_ray.explainer.ask", ask)
-    counting = Counting()
-    run_job(spec, counting)
+    monkeypatch.setattr("mcrise_ray.worker.run_unit", run)
+    run_job(spec, Silent())
     results = mr.read_results(str(tmp_path / "out"))
-    assert (plan.units, plan.masks) == (counting.units, counting.masks)
+    assert (plan.units, plan.masks) == (len(units), sum(units))
     assert plan.model_calls == len(calls)
     assert len(results) <= plan.rows == 6
     probe = Probe("cpu", (20, 24), 100.0, 1.0)

@@ -13,7 +13,7 @@ from pydantic import Field
 from mcrise_ray import jobfiles
 from mcrise_ray.errors import SpecError
 from mcrise_ray.jobfiles import example_job, load_job, parse_job
-from mcrise_ray.jobs import JobSpec
+from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.resources import ActorRange, Resources
 

@@ -33,13 +33,21 @@ ORDER = [
     "plan",
     "explainer",
     "store",
+    "results",
+    "faults",
+    "tasks",
     "dispatch",
+    "engine",
     "targets",
     "worker",
+    "jobspec",
     "cluster",
-    "render",
+    "checkpoints",
+    "lease",
     "progress",
     "progressfile",
+    "recorder",
+    "render",
     "jobs",
     "jobfiles",
     "forecast",
@@ -54,7 +62,7 @@ ORDER = [
 
 ALLOWED = {
     "ray": {"cluster", "jobs", "driver", "submission", "telemetry"},
-    "pyarrow": {"store", "files", "shards"},
+    "pyarrow": {"store", "results", "files", "shards"},
 }
 
 

@@ -30,7 +30,8 @@ from mcrise_ray import submission
 from mcrise_ray.cli import app
 from mcrise_ray.errors import ClusterError, SpecError
 from mcrise_ray.jobfiles import load_job
-from mcrise_ray.jobs import JobSpec, run_job
+from mcrise_ray.jobs import run_job
+from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.progressfile import read_progress
 from mcrise_ray.spec import ExplainSpec
@@ -40,7 +41,7 @@ from mcrise_ray.submission import _sent, find_job, list_jobs, submission_id, sub
 class Silent:
     """A reporter that says nothing."""
 
-    def start(self, images: int | None, masks_per_image: int) -> None: ...
+    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None: ...
 
     def masks_done(self, masks: int) -> None: ...
 
@@ -48,9 +49,12 @@ class Silent:
 
     def note(self, text: str) -> None: ...
 
+    def outlook(self) -> dict[str, object]:
+        return {"images_total": None, "seconds_left": None}
+
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
-SLOW = ModelSpec(model="blackboxes:slow", preprocessing={"size": (20, 24)})
+SLOW = ModelSpec(model="blackboxes:slow_means", args={"seconds": "0.05"}, preprocessing={"size": (20, 24)})
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +184,7 @@ def test_a_stopped_job_is_taken_up_by_the_next_submission(
     began = mcrise("submit", file, *address)
     assert began.exit_code == 0, began.stderr
     until = time.monotonic() + 60
-    while "model blackboxes:slow" not in find_job(file, cluster.url).logs():
+    while "model blackboxes:slow_means" not in find_job(file, cluster.url).logs():
         assert time.monotonic() < until
         time.sleep(0.5)
     with pytest.raises(ClusterError, match=rf"for this job alone, found {submission_id(spec)} writing to it"):
@@ -192,7 +196,7 @@ def test_a_stopped_job_is_taken_up_by_the_next_submission(
         text=True,
     )
     assert follow.stdout is not None
-    while "model blackboxes:slow" not in follow.stdout.readline():
+    while "model blackboxes:slow_means" not in follow.stdout.readline():
         assert follow.poll() is None
     follow.send_signal(signal.SIGINT)
     _, said = follow.communicate(timeout=30)
@@ -238,7 +242,8 @@ def test_progress_is_read_from_the_output(tmp_path: Path) -> None:
     assert read_progress(str(tmp_path)) is None
     (tmp_path / "progress.json").write_text(
         '{"state": "running", "images_done": 3, "images_total": null, "errors": 1, "masks_done": 900, '
-        '"masks_per_second": 30.5, "seconds_left": null, "relative_error": 0.25, "updated": 1e9}'
+        '"masks_per_second": 30.5, "seconds_left": null, "relative_error": 0.25, '
+        '"updated": "2026-11-23T16:00"}'
     )
     progress = read_progress(str(tmp_path))
     assert progress is not None
@@ -265,7 +270,8 @@ def test_status_shows_progress(cluster: Cluster, folder: Path, tmp_path: Path) -
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "progress.json").write_text(
         '{"state": "running", "images_done": 3, "images_total": 10, "errors": 1, "masks_done": 1900, '
-        '"masks_per_second": 30.5, "seconds_left": 75, "relative_error": 0.25, "updated": 1e9}'
+        '"masks_per_second": 30.5, "seconds_left": 75, "relative_error": 0.25, '
+        '"updated": "2026-11-23T16:00"}'
     )
     shown = mcrise("status", submitted.id, "--address", cluster.url).stdout
     assert "images     3 of 10, 1 errors" in shown

@@ -42,8 +42,8 @@ class Recorded:
     def __init__(self) -> None:
         self.told: list[tuple] = []
 
-    def start(self, images: int | None, masks_per_image: int) -> None:
-        self.told.append(("start", images, masks_per_image))
+    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
+        self.told.append(("start", images, masks_per_image, done))
 
     def masks_done(self, masks: int) -> None:
         self.told.append(("masks_done", masks))
@@ -54,19 +54,22 @@ class Recorded:
     def note(self, text: str) -> None:
         self.told.append(("note", text))
 
+    def outlook(self) -> dict[str, object]:
+        return {"images_total": len(self.told), "seconds_left": None}
+
 
 def test_everything_is_passed_on() -> None:
     inner = Recorded()
     reporter = MeteredReporter(inner)
     assert isinstance(reporter, Reporter)
-    reporter.start(3, 100)
+    reporter.start(3, 100, 1)
     reporter.masks_done(0)
     reporter.masks_done(5)
     reporter.image_done(True)
     reporter.note("text")
     reporter.unit_retried("node died")
     assert inner.told == [
-        ("start", 3, 100),
+        ("start", 3, 100, 1),
         ("masks_done", 0),
         ("masks_done", 5),
         ("image_done", True),
