@@ -204,17 +204,30 @@ def test_a_stopped_job_is_taken_up_by_the_next_submission(
         130,
         f"the job goes on; see: mcrise status {submission_id(spec)}, or stop it",
     )
+    while (progress := read_progress(spec.output)) is None or progress.masks_done < 2000:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert "masks/s" in mcrise("status", file, *address).stdout
     stopped = mcrise("stop", file, *address)
     assert stopped.exit_code == 0, stopped.stderr
     assert "STOPPED" in stopped.stdout
     log = mcrise("logs", file, *address).stdout
     assert "submit the same job again" in log, log
-    assert mr.read_results(str(tmp_path / "out")).job["state"] != "done"
+    assert mr.read_results(spec.output).job["state"] == "stopped"
     again = mcrise("submit", file, *address, "--follow")
     assert again.exit_code == 0, again.stdout + again.stderr
     assert f"{submission_id(spec)}-2" in again.stdout
-    assert len(maps(tmp_path / "out")) == 6
-    assert mr.read_results(str(tmp_path / "out")).job["state"] == "done"
+    scored = re.search(r"3 images explained, 1 errors, 6 maps, (\d+) masks", again.stdout)
+    assert scored, again.stdout
+    assert int(scored[1]) <= 3 * 8000 - 2000, "it goes on from the sums that were saved"
+    assert mr.read_results(spec.output).job["state"] == "done"
+    quick = SLOW.model_copy(update={"args": {"seconds": "0"}})
+    run_job(spec.model_copy(update={"model": quick, "actors": 0, "output": str(tmp_path / "once")}), Silent())
+    once, twice = maps(tmp_path / "once"), maps(tmp_path / "out")
+    assert len(once) == 6
+    assert once.keys() == twice.keys()
+    for key, value in once.items():
+        np.testing.assert_array_equal(value, twice[key])
     listed = mcrise("list", *address).stdout
     assert re.search(rf"{submission_id(spec)} +STOPPED", listed)
     assert re.search(rf"{submission_id(spec)}-2 +SUCCEEDED", listed)
