@@ -15,10 +15,11 @@ from jaxtyping import Float32, Float64, UInt8
 from mcrise_ray import masks as mask_source
 from mcrise_ray.blend import Blender
 from mcrise_ray.errors import ImageError
-from mcrise_ray.plan import Unit, units
+from mcrise_ray.plan import Unit, enough, looks, pilot_count, unit
 from mcrise_ray.saliency import Partial, UnitSums
 from mcrise_ray.scores import BlackBox, ask, check_targets, input_space
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.variates import CHUNK, FRESH_PER_MASK, Features, Fit, fit_scores, fresh
 
 DEFAULT_BATCH_SIZE = 64
 
@@ -32,7 +33,7 @@ class Explanation:
             debiased RISE (eq. 5): change when it is retained; RISE (eq. 2): mean score where it is retained.
         raw: `(L, K, H, W)`, mean of `(K / p_mask) m_k f_n`.
         baseline: `(L, H, W)`, mean of `m_0 / (1 - p_mask) f_n`.
-        standard_error: `(L, M, H, W)`, of each pixel of `maps`; NaN with a single unit of masks.
+        standard_error: `(L, M, H, W)`, of each pixel of `maps`; NaN with a single mask.
         relative_error: `(L,)`, `rms(standard_error) / rms(maps)`.
         score: `(L,)`, of the unmasked image.
         targets: the L class indices.
@@ -98,16 +99,62 @@ def check_image(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]
     return array if array.flags.writeable else array.copy()
 
 
-def run_unit(subject: Subject, unit: Unit, targets: Sequence[int], batch_size: int) -> Partial:
-    """The sums of one unit (Algorithm 1, lines 2 to 15): a pure function of its arguments."""
-    sums = UnitSums(subject.spec, len(targets), subject.size)
+def run_unit(
+    subject: Subject, unit: Unit, targets: Sequence[int], batch_size: int, fit: Fit | None = None
+) -> Partial:
+    """The sums of one unit (Algorithm 1, lines 2 to 15): a pure function of its arguments.
+
+    With a fit, those of what its predictions leave of the scores, and the predictions' own part.
+    """
+    return residual_unit(
+        subject.spec, subject.size, unit, score_unit(subject, unit, targets, batch_size), fit
+    )
+
+
+def score_unit(
+    subject: Subject, unit: Unit, targets: Sequence[int], batch_size: int
+) -> Float64[np.ndarray, "N L"]:
+    """The scores of one unit's masks: all that needs the model."""
     columns = list(targets)
+    scores = np.empty((len(unit), len(columns)))
     for start in range(unit.start, unit.stop, batch_size):
         masks = mask_source.draw(subject.spec, start, min(start + batch_size, unit.stop))
-        scores = ask(subject.function, subject.blend(masks))
-        check_targets(columns, scores.shape[1])
-        sums.accumulate(masks, scores[:, columns])
-    return sums.partial()
+        answer = ask(subject.function, subject.blend(masks))
+        check_targets(columns, answer.shape[1])
+        scores[start - unit.start :][: len(masks)] = answer[:, columns]
+    return scores
+
+
+def residual_unit(
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    unit: Unit,
+    scores: Float64[np.ndarray, "N L"],
+    fit: Fit | None,
+) -> Partial:
+    """The sums of one unit whose scores are known; no model is asked.
+
+    Masks are drawn again rather than kept: it takes microseconds.
+    """
+    sums = UnitSums(spec, scores.shape[1], size)
+    features = None if fit is None else Features(spec, size, fit.patches)
+    for start in range(unit.start, unit.stop, CHUNK):
+        stop = min(start + CHUNK, unit.stop)
+        masks = mask_source.draw(spec, start, stop)
+        left = scores[start - unit.start : stop - unit.start]
+        if fit is not None and features is not None:
+            left = left - fit.predict(features(masks), fit.rows(start, stop))[0]
+            curved = fresh(spec, fit, features, start, stop)
+            if curved is not None:
+                extra, bend = curved
+                sums.accumulate(extra, bend / FRESH_PER_MASK)
+                # One of each mask's fresh masks is sample enough of their small part of the variance.
+                sums.square(extra[::FRESH_PER_MASK], bend[::FRESH_PER_MASK] / FRESH_PER_MASK**0.5)
+        sums.accumulate(masks, left)
+        sums.square(masks, left)
+    if fit is None:
+        return sums.partial(len(unit))
+    return sums.partial(len(unit), *fit.expected(fit.rows(unit.start, unit.stop), spec.K))
 
 
 def explain(
@@ -140,12 +187,30 @@ def explain(
     subject = Subject(black_box, image, spec, device=device, dtype=dtype)
     scores = subject.scores()
     chosen = _chosen_targets(targets, scores)
+    told = on_progress if on_progress is not None else lambda masks: None
     total = Partial.zero(spec, len(chosen), subject.size)
-    for unit in units(spec):
-        total = total.combine(run_unit(subject, unit, chosen, batch_size))
-        if on_progress is not None:
-            on_progress(len(unit))
-    return explanation(spec, chosen, scores[list(chosen)], total)
+    kept: list[np.ndarray] = []
+    fit, done = None, 0
+    for look in looks(spec):
+        pilot = pilot_count(spec, look)
+        if pilot > len(kept):
+            for index in range(len(kept), pilot):
+                kept.append(score_unit(subject, unit(spec, index), chosen, batch_size))
+                told(len(unit(spec, index)))
+            fit = fit_scores(spec, subject.size, np.concatenate(kept))
+            total = Partial.zero(spec, len(chosen), subject.size)
+            for index, unit_scores in enumerate(kept):
+                piece = residual_unit(spec, subject.size, unit(spec, index), unit_scores, fit)
+                total = total.combine(piece)
+            done = pilot
+        for index in range(done, look):
+            total = total.combine(run_unit(subject, unit(spec, index), chosen, batch_size, fit))
+            told(len(unit(spec, index)))
+        done = look
+        result = explanation(spec, chosen, scores[list(chosen)], total)
+        if enough(spec, result.relative_error):
+            break
+    return result
 
 
 def explanation(

@@ -16,6 +16,8 @@ ORDER = [
     "spec",
     "masks",
     "blend",
+    "regression",
+    "variates",
     "saliency",
     "scores",
     "preprocess",
