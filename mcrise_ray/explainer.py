@@ -6,50 +6,32 @@ Axes: L targets; K fills; M maps of the method (K for MC-RISE, 1 for the two RIS
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float64, UInt8
 
 from mcrise_ray import masks as mask_source
 from mcrise_ray.blend import Blender
 from mcrise_ray.errors import ImageError
-from mcrise_ray.plan import Unit, enough, looks, pilot_count, unit
-from mcrise_ray.saliency import Partial, UnitSums
+from mcrise_ray.plan import Unit
+from mcrise_ray.reduction import (
+    Conclude,
+    Explanation,
+    Reduction,
+    ScoreUnit,
+    SumUnit,
+    Work,
+    WorkResult,
+    conclude,
+    residual_unit,
+)
+from mcrise_ray.saliency import Partial
 from mcrise_ray.scores import BlackBox, ask, check_targets, input_space
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.variates import CHUNK, FRESH_PER_MASK, Features, Fit, fit_scores, fresh
+from mcrise_ray.variates import Fit
 
 DEFAULT_BATCH_SIZE = 64
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The maps of one image.
-
-    Attributes:
-        maps: `(L, M, H, W)`: MC-RISE (eq. 9): change of the score when a pixel takes the fill's colour;
-            debiased RISE (eq. 5): change when it is retained; RISE (eq. 2): mean score where it is retained.
-        raw: `(L, K, H, W)`, mean of `(K / p_mask) m_k f_n`.
-        baseline: `(L, H, W)`, mean of `m_0 / (1 - p_mask) f_n`.
-        standard_error: `(L, M, H, W)`, of each pixel of `maps`; NaN with a single mask.
-        relative_error: `(L,)`, `rms(standard_error) / rms(maps)`.
-        score: `(L,)`, of the unmasked image.
-        targets: the L class indices.
-        masks: the N used.
-        spec: what was asked for.
-    """
-
-    maps: Float32[np.ndarray, "L M H W"]
-    raw: Float32[np.ndarray, "L K H W"]
-    baseline: Float32[np.ndarray, "L H W"]
-    standard_error: Float32[np.ndarray, "L M H W"]
-    relative_error: Float64[np.ndarray, " L"]
-    score: Float64[np.ndarray, " L"]
-    targets: tuple[int, ...]
-    masks: int
-    spec: ExplainSpec
 
 
 class Subject:
@@ -125,36 +107,13 @@ def score_unit(
     return scores
 
 
-def residual_unit(
-    spec: ExplainSpec,
-    size: tuple[int, int],
-    unit: Unit,
-    scores: Float64[np.ndarray, "N L"],
-    fit: Fit | None,
-) -> Partial:
-    """The sums of one unit whose scores are known; no model is asked.
-
-    Masks are drawn again rather than kept: it takes microseconds.
-    """
-    sums = UnitSums(spec, scores.shape[1], size)
-    features = None if fit is None else Features(spec, size, fit.patches)
-    for start in range(unit.start, unit.stop, CHUNK):
-        stop = min(start + CHUNK, unit.stop)
-        masks = mask_source.draw(spec, start, stop)
-        left = scores[start - unit.start : stop - unit.start]
-        if fit is not None and features is not None:
-            left = left - fit.predict(features(masks), fit.rows(start, stop))[0]
-            curved = fresh(spec, fit, features, start, stop)
-            if curved is not None:
-                extra, bend = curved
-                sums.accumulate(extra, bend / FRESH_PER_MASK)
-                # One of each mask's fresh masks is sample enough of their small part of the variance.
-                sums.square(extra[::FRESH_PER_MASK], bend[::FRESH_PER_MASK] / FRESH_PER_MASK**0.5)
-        sums.accumulate(masks, left)
-        sums.square(masks, left)
-    if fit is None:
-        return sums.partial(len(unit))
-    return sums.partial(len(unit), *fit.expected(fit.rows(unit.start, unit.stop), spec.K))
+def perform(subject: Subject, work: Work, targets: Sequence[int], batch_size: int) -> WorkResult:
+    """Do one piece of work of a `Reduction`."""
+    if isinstance(work, ScoreUnit):
+        return score_unit(subject, work.unit, targets, batch_size)
+    if isinstance(work, SumUnit):
+        return run_unit(subject, work.unit, targets, batch_size, work.fit)
+    return conclude(subject.spec, work)
 
 
 def explain(
@@ -187,48 +146,13 @@ def explain(
     subject = Subject(black_box, image, spec, device=device, dtype=dtype)
     scores = subject.scores()
     chosen = _chosen_targets(targets, scores)
-    told = on_progress if on_progress is not None else lambda masks: None
-    total = Partial.zero(spec, len(chosen), subject.size)
-    kept: list[np.ndarray] = []
-    fit, done = None, 0
-    for look in looks(spec):
-        pilot = pilot_count(spec, look)
-        if pilot > len(kept):
-            for index in range(len(kept), pilot):
-                kept.append(score_unit(subject, unit(spec, index), chosen, batch_size))
-                told(len(unit(spec, index)))
-            fit = fit_scores(spec, subject.size, np.concatenate(kept))
-            total = Partial.zero(spec, len(chosen), subject.size)
-            for index, unit_scores in enumerate(kept):
-                piece = residual_unit(spec, subject.size, unit(spec, index), unit_scores, fit)
-                total = total.combine(piece)
-            done = pilot
-        for index in range(done, look):
-            total = total.combine(run_unit(subject, unit(spec, index), chosen, batch_size, fit))
-            told(len(unit(spec, index)))
-        done = look
-        result = explanation(spec, chosen, scores[list(chosen)], total)
-        if enough(spec, result.relative_error):
-            break
-    return result
-
-
-def explanation(
-    spec: ExplainSpec, targets: Sequence[int], score: Float64[np.ndarray, " L"], total: Partial
-) -> Explanation:
-    """The finished result of a reduction over all units."""
-    maps = total.finalize(spec)
-    return Explanation(
-        maps=maps.maps.astype(np.float32),
-        raw=maps.raw.astype(np.float32),
-        baseline=maps.baseline.astype(np.float32),
-        standard_error=maps.standard_error.astype(np.float32),
-        relative_error=maps.relative_error,
-        score=score,
-        targets=tuple(targets),
-        masks=total.masks,
-        spec=spec,
-    )
+    reduction = Reduction(spec, chosen, scores[list(chosen)], subject.size)
+    while (work := reduction.next_work()) is not None:
+        reduction.take(work, perform(subject, work, chosen, batch_size))
+        if on_progress is not None and not isinstance(work, Conclude):
+            on_progress(len(work.unit))
+    assert reduction.explanation is not None
+    return reduction.explanation
 
 
 def _chosen_targets(

@@ -15,7 +15,6 @@ import numpy as np
 
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.dispatch import Ledger
-from mcrise_ray.explainer import explanation
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.lease import Lease
 from mcrise_ray.models import ModelFacts
@@ -46,7 +45,7 @@ class Counts:
 class Recorder:
     """Where the engine's results go: implements `engine.Sink`.
 
-    Finalizing and writing happen in a thread of its own, in the order of arrival, so that the loop goes on
+    Rows are made and written in a thread of its own, in the order of arrival, so that the loop goes on
     handing out work meanwhile; what that thread raises is raised by the next call.
 
     Args:
@@ -239,9 +238,7 @@ def _shape(row: MapRow | ErrorRow) -> tuple[int, ...]:
 
 def map_rows(job: JobSpec, facts: ModelFacts, ended: Finished) -> list[MapRow]:
     """The rows of one explained image, one per target."""
-    targets = ended.inspection.targets
-    score = np.array([target.score for target in targets])
-    result = explanation(job.explain, [target.index for target in targets], score, ended.total)
+    targets, result = ended.inspection.targets, ended.explanation
     size = ended.inspection.original_size if job.original_size else ended.inspection.size
 
     def sized(maps: np.ndarray) -> np.ndarray:

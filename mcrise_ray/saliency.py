@@ -114,7 +114,7 @@ class Partial:
     @property
     def nbytes(self) -> int:
         """Memory that the sums take."""
-        return self.raw.nbytes + self.baseline.nbytes + self.squares.nbytes
+        return self.buckets.nbytes + self.squares.nbytes
 
     @staticmethod
     def zero(spec: ExplainSpec, targets: int, size: tuple[int, int]) -> Partial:

@@ -16,14 +16,15 @@ import torch
 from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.engine import Event
 from mcrise_ray.errors import DeviceError, MCRiseError
-from mcrise_ray.explainer import Subject, run_unit
+from mcrise_ray.explainer import Subject, perform
 from mcrise_ray.faults import Fault, FaultKind
 from mcrise_ray.images import ImageRef, read_image
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.models import Model, ModelFacts, facts, load_model
+from mcrise_ray.reduction import Conclude, conclude
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.targets import choose_targets, parse_targets
-from mcrise_ray.tasks import Call, Failure, Inspection, Outcome, Reply, Task, UnitResult, UnitTask
+from mcrise_ray.tasks import Call, Done, Failure, Inspection, Outcome, Reply, Task, WorkTask
 
 _SUBJECTS_KEPT = 4  # images held ready: those whose units may still come
 
@@ -85,13 +86,15 @@ class Worker:
         if task.image.problem is not None:
             return Failure("list", task.image.problem)
         began = time.perf_counter()
+        if isinstance(task, WorkTask) and isinstance(task.work, Conclude):
+            return Done(conclude(self._spec, task.work), time.perf_counter() - began)
         stage = "read"
         try:
             subject, original_size = self._subject(task.image)
             stage = "explain"
-            if isinstance(task, UnitTask):
-                partial = run_unit(subject, task.unit, task.targets, batch_size)
-                return UnitResult(partial, time.perf_counter() - began)
+            if isinstance(task, WorkTask):
+                result = perform(subject, task.work, task.targets, batch_size)
+                return Done(result, time.perf_counter() - began)
             scores = subject.scores()
             targets = choose_targets(self._targets, task.image, scores, self._model)
         except DeviceError:

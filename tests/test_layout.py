@@ -32,6 +32,7 @@ ORDER = [
     "shards",
     "images",
     "plan",
+    "reduction",
     "explainer",
     "store",
     "results",

@@ -34,7 +34,7 @@ from mcrise_ray.store import Store
 from mcrise_ray.tasks import Inspection, Saved, Target
 
 NAMES = ("a.png", "b.png", "c.png", "d.png")
-SPEC = ExplainSpec(masks=640, grid=(4, 4))  # ten units
+SPEC = ExplainSpec(masks=640, grid=(4, 4), estimator="paper")  # ten units
 
 
 @pytest.fixture
