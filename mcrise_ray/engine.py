@@ -97,14 +97,15 @@ class Limits:
 
     Attributes:
         max_retries: of one call whose actor died under it.
-        max_lost_starts: actors in a row that ended before they finished anything.
+        max_lost_starts: times in a row that actors, one or several together, ended before they finished
+            anything.
         deadline: seconds that any call may take; ten times the slowest pace seen counts where that is longer,
             and fifteen deadlines until an actor has scored its first masks, which may compile the model.
         tick: seconds between looks at the clock while nothing comes back.
     """
 
     max_retries: int = 3
-    max_lost_starts: int = 8
+    max_lost_starts: int = 6
     deadline: float = 60.0
     tick: float = 1.0
 
@@ -274,8 +275,7 @@ class Engine:
         del self._actors[actor.number]
         self._ledger.forget(actor.number)
         if not actor.finished and fault.kind is not FaultKind.PREEMPTED:
-            self._lost_starts += 1
-            self._pause_until = self._executor.now() + min(2.0 ** (self._lost_starts - 2), _LONGEST_PAUSE)
+            self._lose_start(fault)
         self.tally.replaced += 1
         if actor.calls:
             head = actor.calls.popleft()
@@ -286,6 +286,14 @@ class Engine:
             raise self._stop(fault)
         else:
             self._sink.note(f"{fault.kind.value}: {fault.message}; actor {actor.number} replaced")
+
+    def _lose_start(self, fault: Fault) -> None:
+        """Count actors that end together once, and wait before the next: what ended them may pass."""
+        now = self._executor.now()
+        if now >= self._pause_until:
+            self._lost_starts += 1
+            pause = 2.0 ** (self._lost_starts - 1) * (5 if fault.kind is FaultKind.HOST_MEMORY else 1)
+            self._pause_until = now + min(pause, _LONGEST_PAUSE)
 
     def _lose_call(self, call: Call, fault: Fault, actor: _Actor | None = None) -> None:
         decision = self._decide(call, fault)
@@ -323,6 +331,6 @@ class Engine:
         if fault.error is not None:
             return fault.error
         return ClusterError(
-            f"{self._lost_starts} actors in a row ended before they finished anything; the last: "
+            f"{self._lost_starts} times in a row, actors ended before they finished anything; the last: "
             f"{fault.kind.value}: {fault.message}"
         )

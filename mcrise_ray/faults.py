@@ -42,7 +42,7 @@ class History:
     Attributes:
         attempts: how often this task was lost before through a fault that may be its own.
         batch_size: masked images per call of the model that the task ran with.
-        lost_starts: actors in a row that ended before they finished anything.
+        lost_starts: times in a row that actors ended before they finished anything.
         built: whether any actor has built the model.
     """
 
@@ -97,7 +97,7 @@ def decide(fault: Fault, history: History, max_retries: int, max_lost_starts: in
             building the model: then with a `History` without attempts).
         history: of the task and the job.
         max_retries: of one task; after them its image is skipped, because it may be what kills the actors.
-        max_lost_starts: after so many actors in a row that finished nothing, no image is to blame.
+        max_lost_starts: after so many times in a row that actors finished nothing, no image is to blame.
     """
     replace = fault.kind in ACTOR_GONE
     building = fault.kind is FaultKind.BUILD

@@ -42,14 +42,14 @@ def number() -> int:
 
 
 class Hungry(nn.Module):
-    """How red an image is, slowly; takes `gib` of memory and holds it once the file `flag` is there."""
+    """Channel means, slowly: `seconds` for 64 images; holds `gib` of memory once the file `flag` is there."""
 
     def __init__(self, seconds: float, flag: str, gib: float) -> None:
         super().__init__()
         self.seconds, self.flag, self.gib = seconds, flag, gib
 
     def forward(self, images: Tensor) -> Tensor:
-        time.sleep(self.seconds)
+        time.sleep(self.seconds * len(images) / 64)
         if self.flag:
             with suppress(FileNotFoundError):
                 os.unlink(self.flag)  # one process wins

@@ -229,9 +229,19 @@ def test_one_node_where_the_model_cannot_be_built_is_done_without() -> None:
 
 def test_actors_that_die_one_after_the_other_stop_the_job() -> None:
     simulation = Simulation(2, lambda actor, nth, call: Fault(FaultKind.DIED, "no CUDA driver"))
-    with pytest.raises(ClusterError, match=r"8 actors in a row .* actor died: no CUDA driver"):
+    with pytest.raises(ClusterError, match=r"6 times in a row, actors .* actor died: no CUDA driver"):
         run(simulation, [str(n) for n in range(100)])
-    assert len(simulation.started) <= 10
+    assert len(simulation.started) == 12
+
+
+def test_a_whole_cluster_that_is_out_of_memory_for_a_minute_is_waited_for() -> None:
+    simulation = Simulation(40, start_seconds=3.0)
+    simulation.builds = lambda actor: (
+        Fault(FaultKind.HOST_MEMORY, "a neighbour took it") if simulation.clock < 60 else None
+    )
+    _, sink = run(simulation)
+    assert sink.values == EXPECTED
+    assert len(simulation.started) == 40 * 5
 
 
 def test_added_actors_are_used_at_once() -> None:
