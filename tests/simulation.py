@@ -48,8 +48,8 @@ def true_value(image_id: str, unit: Unit) -> float:
 
 def partial(masks: int, value: float) -> Partial:
     """Sums that hold one number."""
-    one, none = np.array([value]), np.zeros((1, 0, 1, 0))
-    return Partial(masks, (1, 1), one, none[:, :, :, :, None, None], none, np.zeros(1), none)
+    none = np.zeros((1, 0, 1, 0))
+    return Partial(masks, (1, 1), np.array([value]), np.zeros((1, 1, 1, 1, 1, 1)), none, np.zeros(1), none)
 
 
 @dataclass
