@@ -5,16 +5,16 @@ Axes: L targets; K fills; M maps of the method (K for MC-RISE, 1 for the two RIS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, UInt8
 
-from mcrise_ray import masks as mask_source
 from mcrise_ray.blend import Blender
 from mcrise_ray.errors import ImageError
+from mcrise_ray.pipeline import scored
 from mcrise_ray.plan import Unit, units
 from mcrise_ray.saliency import Partial, UnitSums
 from mcrise_ray.scores import BlackBox, ask, check_targets, input_space
@@ -78,7 +78,9 @@ class Subject:
         self.size: tuple[int, int] = image.shape[:2]
         self.function = space.function
         self.image = space.normalize(rgb).contiguous()
-        self.blend = Blender(self.image, space.normalize(fills).flatten(1), spec.grid)
+        self.blend = Blender(
+            self.image, space.normalize(fills).flatten(1), spec.grid, channels_last=space.channels_last
+        )
 
     def scores(self) -> Float64[np.ndarray, " C"]:
         """All scores of the unmasked image."""
@@ -100,14 +102,22 @@ def check_image(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]
 
 def run_unit(subject: Subject, unit: Unit, targets: Sequence[int], batch_size: int) -> Partial:
     """The sums of one unit (Algorithm 1, lines 2 to 15): a pure function of its arguments."""
-    sums = UnitSums(subject.spec, len(targets), subject.size)
+    (partial,) = run_units(subject, [unit], targets, batch_size)
+    return partial
+
+
+def run_units(
+    subject: Subject, units: Iterable[Unit], targets: Sequence[int], batch_size: int
+) -> Iterator[Partial]:
+    """The sums of each unit in turn, bit for bit those of `run_unit`, without a pause of a GPU in between."""
     columns = list(targets)
-    for start in range(unit.start, unit.stop, batch_size):
-        masks = mask_source.draw(subject.spec, start, min(start + batch_size, unit.stop))
-        scores = ask(subject.function, subject.blend(masks))
+    sums = UnitSums(subject.spec, len(columns), subject.size)
+    for batch, scores in scored(subject.spec, subject.blend, subject.function, units, batch_size):
         check_targets(columns, scores.shape[1])
-        sums.accumulate(masks, scores[:, columns])
-    return sums.partial()
+        sums.accumulate(batch.masks, scores[:, columns])
+        if batch.last:
+            yield sums.partial()
+            sums = UnitSums(subject.spec, len(columns), subject.size)
 
 
 def explain(
@@ -141,10 +151,10 @@ def explain(
     scores = subject.scores()
     chosen = _chosen_targets(targets, scores)
     total = Partial.zero(spec, len(chosen), subject.size)
-    for unit in units(spec):
-        total = total.combine(run_unit(subject, unit, chosen, batch_size))
+    for partial in run_units(subject, units(spec), chosen, batch_size):
+        total = total.combine(partial)
         if on_progress is not None:
-            on_progress(len(unit))
+            on_progress(partial.masks)
     return explanation(spec, chosen, scores[list(chosen)], total)
 
 

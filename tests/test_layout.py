@@ -30,6 +30,7 @@ ORDER = [
     "shards",
     "images",
     "plan",
+    "pipeline",
     "explainer",
     "store",
     "dispatch",
