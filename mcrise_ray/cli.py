@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mcrise_ray.jobs import JobSpec
+    from mcrise_ray.loading import ModelSpec
+    from mcrise_ray.spec import ExplainSpec
 
 app = typer.Typer(
     help="Which pixels, and which colours, a vision model needs: RISE, debiased RISE and MC-RISE.",
@@ -208,6 +210,56 @@ def demo(
         _run_and_report(job, overwrite=True)
 
 
+@app.command()
+def bench(
+    model: ModelName = "torchvision:resnet50?num_classes=43",
+    weights: Weights = None,
+    model_arg: ModelArgs = None,
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = None,
+    image: Annotated[str | None, typer.Option(help="What is explained.  [default: noise]")] = None,
+    masks: MaskCount = 512,
+    grid: Grid = "8x8",
+    p_mask: PMask = 0.5,
+    colors: Colors = None,
+    precision: Annotated[str, typer.Option(help="auto or float32.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="auto or a number.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="overhead, fills, targets, rise, xaitk (extra bench) or actors; repeat for several."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs of which the median is taken.")] = 5,
+    seeds: Annotated[int, typer.Option(min=0, help="For variances, and so for times at equal error.")] = 0,
+    images: Annotated[int, typer.Option(min=1, help="Images of the jobs of actors.")] = 4,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of this machine, for costs.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="JSON file.")] = None,
+) -> None:
+    """Measure speed, as ratios of two things run in turn: the bare model, published RISE, others, ours."""
+    options = dict(locals())
+    with _one_line_errors():
+        from mcrise_ray.bench import BenchSpec, prepare, report
+
+        names = (
+            "image",
+            "precision",
+            "batch_size",
+            "threads",
+            "repeats",
+            "seeds",
+            "images",
+            "price_per_hour",
+        )
+        given = {name: options[name] for name in names} | ({"parts": only} if only else {})
+        spec = BenchSpec(model=_model_spec(options), explain=_explain_spec(options), **given)
+        for line in report(prepare(spec), output):
+            print(line, flush=True)
+
+
 def _run(
     options: dict[str, Any], *, actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
 ) -> None:
@@ -216,49 +268,50 @@ def _run(
         _run_and_report(job, overwrite=options["overwrite"])
 
 
+def _model_spec(options: dict[str, Any]) -> ModelSpec:
+    from mcrise_ray.loading import ModelSpec
+
+    names = ("resize", "shorter_side", "interpolation", "input_range", "activation")
+    size, mean, std = (options[name] for name in ("size", "mean", "std"))
+    given = {
+        **{name: options.get(name) for name in names},
+        "size": size and _pair("--size", size),
+        "mean": mean and _triple("--mean", mean),
+        "std": std and _triple("--std", std),
+    }
+    return ModelSpec(
+        model=options["model"],
+        weights=options["weights"],
+        classes=options.get("classes"),
+        args=dict(_key_value(argument) for argument in options["model_arg"] or ()),
+        preprocessing={name: value for name, value in given.items() if value is not None},
+        device=options["device"],
+    )
+
+
+def _explain_spec(options: dict[str, Any]) -> ExplainSpec:
+    from mcrise_ray.spec import ExplainSpec
+
+    given = {name: options[name] for name in ("method", "seed") if name in options}
+    fills = {} if options["colors"] is None else {"colors": options["colors"]}
+    grid = _pair("--grid", options["grid"])
+    return ExplainSpec(masks=options["masks"], grid=grid, p_mask=options["p_mask"], **given, **fills)
+
+
 def _job_spec(
     options: dict[str, Any], actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
 ) -> JobSpec:
     from mcrise_ray.decode import DecodeOptions
     from mcrise_ray.jobs import JobSpec
-    from mcrise_ray.loading import ModelSpec
-    from mcrise_ray.spec import ExplainSpec
 
-    given = {
-        "size": options["size"] and _pair("--size", options["size"]),
-        "resize": options["resize"],
-        "shorter_side": options["shorter_side"],
-        "interpolation": options["interpolation"],
-        "input_range": options["input_range"],
-        "mean": options["mean"] and _triple("--mean", options["mean"]),
-        "std": options["std"] and _triple("--std", options["std"]),
-        "activation": options["activation"],
-    }
-    model = ModelSpec(
-        model=options["model"],
-        weights=options["weights"],
-        classes=options["classes"],
-        args=dict(_key_value(argument) for argument in options["model_arg"] or ()),
-        preprocessing={name: value for name, value in given.items() if value is not None},
-        device=options["device"],
-    )
-    fills = {} if options["colors"] is None else {"colors": options["colors"]}
-    spec = ExplainSpec(
-        method=options["method"],
-        masks=options["masks"],
-        grid=_pair("--grid", options["grid"]),
-        p_mask=options["p_mask"],
-        seed=options["seed"],
-        **fills,
-    )
     limit = {} if options["max_pixels"] is None else {"max_pixels": options["max_pixels"]}
     return JobSpec(
         images=tuple(options["images"]),
-        model=model,
+        model=_model_spec(options),
         output=options["output"],
         targets=options["target"],
         decode=DecodeOptions(allow_truncated=options["allow_truncated"], **limit),
-        explain=spec,
+        explain=_explain_spec(options),
         actors=actors,
         cpus_per_actor=cpus_per_actor,
         gpus_per_actor=gpus_per_actor,

@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from mcrise_ray.batching import OUT_OF_MEMORY, candidates, fastest, seconds, speed_ratio
+from mcrise_ray.batching import OUT_OF_MEMORY, candidates, fastest
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, Subject
 from mcrise_ray.loading import first_line
 from mcrise_ray.masks import draw
@@ -28,6 +28,7 @@ from mcrise_ray.precision import Execution, Precision, adapted, layout_of, netwo
 from mcrise_ray.scores import Classifier, ask
 from mcrise_ray.servers import ServerModel
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.timing import seconds, speed_ratio
 
 PrecisionChoice = Literal["auto", "float32"]
 BatchSizeChoice = int | Literal["auto"]

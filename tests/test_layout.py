@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "mcrise_ray"
 
 ORDER = [
     "errors",
+    "memory",
+    "timing",
     "spec",
     "masks",
     "blend",
@@ -25,6 +27,7 @@ ORDER = [
     "zoo",
     "programs",
     "models",
+    "baselines",
     "files",
     "decode",
     "shards",
@@ -43,6 +46,7 @@ ORDER = [
     "render",
     "progress",
     "jobs",
+    "bench",
     "demo",
     "cli",
 ]

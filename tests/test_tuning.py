@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import mcrise_ray as mr
-from mcrise_ray import batching, precision, tuning
-from mcrise_ray.batching import candidates, fastest, free_memory, speed_ratio
+from mcrise_ray import batching, memory, precision, timing, tuning
+from mcrise_ray.batching import candidates, fastest
 from mcrise_ray.explainer import Subject
 from mcrise_ray.masks import draw
+from mcrise_ray.memory import forget_peak, free_memory, peak_memory
 from mcrise_ray.models import Model
 from mcrise_ray.precision import Execution, Precision, apply
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.scores import Classifier, ask
+from mcrise_ray.timing import speed_ratio
 from mcrise_ray.tuning import deviation, settle
 
 SPEC = mr.ExplainSpec(masks=2000, grid=(4, 4))
@@ -250,40 +252,48 @@ def test_batches_fill_units(masks: int) -> None:
     assert sizes[-1] <= 1024
 
 
-def priced(seconds: dict[int, float], asked: list[int]):
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands still unless a test moves it."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def priced(seconds: dict[int, float], clock: list[float], asked: list[int]):
     def ask(size: int) -> None:
         asked.append(size)
         if size not in seconds:
             raise MemoryError(f"{size} images")
-        time.sleep(seconds[size])
+        clock[0] += seconds[size]
 
     return ask
 
 
-def test_the_fastest_batch_is_chosen_and_the_search_stops() -> None:
+def test_the_fastest_batch_is_chosen_and_the_search_stops(clock: list[float]) -> None:
     asked: list[int] = []
-    ask = priced({8: 0.02, 16: 0.02, 32: 0.03, 64: 0.09, 128: 0.3, 256: 1.0}, asked)
+    ask = priced({8: 0.02, 16: 0.02, 32: 0.03, 64: 0.09, 128: 0.3, 256: 1.0}, clock, asked)
     size, why = fastest(ask, [8, 16, 32, 64, 128, 256], torch.device("cpu"), 0.5)
     assert (size, why) == (32, "128 images at once are no faster")
     assert 256 not in asked
 
 
-def test_a_batch_that_does_not_fit_ends_the_search() -> None:
-    size, why = fastest(priced({8: 0.02, 16: 0.02}, []), [8, 16, 32], torch.device("cpu"), 0.5)
+def test_a_batch_that_does_not_fit_ends_the_search(clock: list[float]) -> None:
+    size, why = fastest(priced({8: 0.02, 16: 0.02}, clock, []), [8, 16, 32], torch.device("cpu"), 0.5)
     assert (size, why) == (16, "32 images do not fit into memory")
 
 
-def test_the_memory_bound_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_bound_ends_the_search(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     peak = iter([100, 180, 260, 420, 740])
-    monkeypatch.setattr(batching, "_peak_memory", lambda device: next(peak) * 2**20)
+    monkeypatch.setattr(batching, "peak_memory", lambda device: next(peak) * 2**20)
     monkeypatch.setattr(batching, "free_memory", lambda device: 1000 * 2**20)
-    ask = priced(dict.fromkeys((8, 16, 32, 64), 0.01), [])
+    ask = priced(dict.fromkeys((8, 16, 32, 64), 0.01), clock, [])
     size, why = fastest(ask, [8, 16, 32, 64], torch.device("cpu"), 0.5)
     assert (size, why) == (32, "64 images might take 0.6 GiB, more than 0.5 GiB")
 
 
 def test_free_memory_minds_the_limit_of_a_container(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     unlimited = free_memory(torch.device("cpu"))
     assert unlimited > 2**20
     (tmp_path / "memory.current").write_text("3000\n")
@@ -293,11 +303,20 @@ def test_free_memory_minds_the_limit_of_a_container(tmp_path, monkeypatch: pytes
     assert free_memory(torch.device("cpu")) == 2000
 
 
-def test_a_hopeless_trial_is_cut_short() -> None:
-    runs: list[int] = []
-    ratio = speed_ratio(lambda: None, lambda: (runs.append(1), time.sleep(0.01)), 5)
-    assert ratio < 0.5
-    assert len(runs) == 2
+def test_a_peak_is_seen_and_forgotten() -> None:
+    forget_peak()
+    before = peak_memory()
+    np.ones(2**25).sum()
+    assert 2**27 < peak_memory() - before < 2**29
+    forget_peak()
+    assert peak_memory() - before < 2**27
+
+
+def test_a_hopeless_trial_is_cut_short(clock: list[float]) -> None:
+    asked: list[int] = []
+    ask = priced({1: 0.1, 2: 0.2}, clock, asked)
+    assert speed_ratio(lambda: ask(1), lambda: ask(2), 5) == pytest.approx(0.5)
+    assert asked == [1, 2, 1, 2]
 
 
 def test_the_numbers_of_an_execution_are_checked() -> None:
