@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from mcrise_ray.explainer import explain as explain
     from mcrise_ray.images import ImageSource as ImageSource
     from mcrise_ray.images import read_image as read_image
-    from mcrise_ray.jobs import JobSpec as JobSpec
     from mcrise_ray.jobs import run_job as run_job
+    from mcrise_ray.jobspec import JobSpec as JobSpec
     from mcrise_ray.loading import ModelSpec as ModelSpec
     from mcrise_ray.models import Model as Model
     from mcrise_ray.models import load_model as load_model
     from mcrise_ray.preprocess import Preprocessing as Preprocessing
+    from mcrise_ray.results import read_results as read_results
     from mcrise_ray.scores import Classifier as Classifier
     from mcrise_ray.spec import ExplainSpec as ExplainSpec
-    from mcrise_ray.store import read_results as read_results
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _HOMES = {
     "ExplainSpec": "spec",
     "Explanation": "explainer",
     "ImageSource": "images",
-    "JobSpec": "jobs",
+    "JobSpec": "jobspec",
     "MCRiseError": "errors",
     "Model": "models",
     "ModelSpec": "loading",
@@ -40,7 +40,7 @@ _HOMES = {
     "explain": "explainer",
     "load_model": "models",
     "read_image": "images",
-    "read_results": "store",
+    "read_results": "results",
     "run_job": "jobs",
 }
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from mcrise_ray.baselines import BATCH_SIZE, rise_as_published, xaitk_mc_rise
 from mcrise_ray.errors import ModelError
 from mcrise_ray.explainer import Subject, explain
 from mcrise_ray.images import read_image
-from mcrise_ray.jobs import JobSpec, run_job
+from mcrise_ray.jobs import run_job
+from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.masks import draw
 from mcrise_ray.memory import forget_peak, peak_memory
@@ -267,7 +268,7 @@ def xaitk(case: Case) -> Iterator[Ratio]:
 
 
 def actors(case: Case) -> Iterator[Ratio]:
-    """One actor over two, on the same images and masks, without the time that Ray takes to start."""
+    """One actor over two on the same images and masks, without Ray's start but with that of the actors."""
     with tempfile.TemporaryDirectory() as folder:
         generator = np.random.default_rng(0)
         for n in range(case.bench.images):
@@ -296,7 +297,7 @@ def _job_seconds(case: Case, folder: str, count: int) -> float:
 class _Silent:
     """A reporter that says nothing."""
 
-    def start(self, images: int | None, masks_per_image: int) -> None:
+    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
         """See `Reporter`."""
 
     def masks_done(self, masks: int) -> None:
@@ -307,6 +308,10 @@ class _Silent:
 
     def note(self, text: str) -> None:
         """See `Reporter`."""
+
+    def outlook(self) -> dict[str, Any]:
+        """See `Reporter`."""
+        return {}
 
 
 def memory_beyond_model(case: Case, spec: ExplainSpec, what: Contender) -> int:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mcrise_ray.arguments import key_value, one_line_errors, pair, triple
+from mcrise_ray.benchcli import bench
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mcrise_ray.jobs import JobSpec
-    from mcrise_ray.loading import ModelSpec
-    from mcrise_ray.spec import ExplainSpec
+    from mcrise_ray.jobspec import JobSpec
 
 app = typer.Typer(
     help="Which pixels, and which colours, a vision model needs: RISE, debiased RISE and MC-RISE.",
@@ -20,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command()(bench)
 
 Sources = Annotated[
     list[str],
@@ -85,6 +88,13 @@ Method = Annotated[str, typer.Option(help="mc-rise, debiased-rise or rise.")]
 Seed = Annotated[int, typer.Option(help="Seed of the masks.")]
 Output = Annotated[str, typer.Option("--output", "-o", help="Folder of the results.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove earlier results from the output first.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on from what the output holds; without it too, where that is of the same job.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Masked images per call of the model.")]
 AllowTruncated = Annotated[
     bool, typer.Option("--allow-truncated", help="Decode files that end too early instead of refusing them.")
@@ -127,6 +137,7 @@ def explain(
     seed: Seed = 0,
     output: Output = "mcrise-results",
     overwrite: Overwrite = False,
+    resume: Resume = False,
     allow_truncated: AllowTruncated = False,
     max_pixels: MaxPixels = None,
     batch_size: BatchSize = 64,
@@ -135,7 +146,7 @@ def explain(
     original_size: OriginalSize = False,
 ) -> None:
     """Explain a few images in this process, without Ray."""
-    _run(dict(locals()), actors=0, cpus_per_actor=1, gpus_per_actor=None)
+    _run(dict(locals()), actors=0)
 
 
 @app.command()
@@ -163,6 +174,7 @@ def audit(
     seed: Seed = 0,
     output: Output = "mcrise-results",
     overwrite: Overwrite = False,
+    resume: Resume = False,
     allow_truncated: AllowTruncated = False,
     max_pixels: MaxPixels = None,
     batch_size: BatchSize = 64,
@@ -176,9 +188,21 @@ def audit(
     gpus_per_actor: Annotated[
         float | None, typer.Option(help="GPUs per actor, may be a fraction.  [default: 1 where there is one]")
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to run on; auto for one on this machine.  [default: start one]"),
+    ] = None,
+    deadline: Annotated[
+        float, typer.Option(help="Seconds until a call counts as stalled; more where units are slow.")
+    ] = 60.0,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="Of a unit whose actor died, before its image gets an error row.")
+    ] = 3,
 ) -> None:
     """Explain many images on Ray. Every image ends in maps/ or, with the reason, in errors/."""
-    _run(dict(locals()), actors=actors, cpus_per_actor=cpus_per_actor, gpus_per_actor=gpus_per_actor)
+    settings = ("actors", "cpus_per_actor", "gpus_per_actor", "deadline", "max_retries")
+    given = dict(locals())
+    _run(given, address=address, **{name: given[name] for name in settings})
 
 
 @app.command()
@@ -188,9 +212,9 @@ def demo(
     actors: Annotated[int, typer.Option(min=1, help="Actors that each hold the model.")] = 2,
 ) -> None:
     """Explain the bundled traffic signs with the bundled classifier on local Ray."""
-    with _one_line_errors():
+    with one_line_errors():
         from mcrise_ray import demo as bundled
-        from mcrise_ray.jobs import JobSpec
+        from mcrise_ray.jobspec import JobSpec
         from mcrise_ray.loading import ModelSpec
         from mcrise_ray.spec import ExplainSpec
 
@@ -210,131 +234,84 @@ def demo(
         _run_and_report(job, overwrite=True)
 
 
-@app.command()
-def bench(
-    model: ModelName = "torchvision:resnet50?num_classes=43",
-    weights: Weights = None,
-    model_arg: ModelArgs = None,
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    device: Device = None,
-    image: Annotated[str | None, typer.Option(help="What is explained.  [default: noise]")] = None,
-    masks: MaskCount = 512,
-    grid: Grid = "8x8",
-    p_mask: PMask = 0.5,
-    colors: Colors = None,
-    precision: Annotated[str, typer.Option(help="auto or float32.")] = "auto",
-    batch_size: Annotated[str, typer.Option(help="auto or a number.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="overhead, fills, targets, rise, xaitk (extra bench) or actors; repeat for several."
-        ),
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs of which the median is taken.")] = 5,
-    seeds: Annotated[int, typer.Option(min=0, help="For variances, and so for times at equal error.")] = 0,
-    images: Annotated[int, typer.Option(min=1, help="Images of the jobs of actors.")] = 4,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of this machine, for costs.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="JSON file.")] = None,
-) -> None:
-    """Measure speed, as ratios of two things run in turn: the bare model, published RISE, others, ours."""
-    options = dict(locals())
-    with _one_line_errors():
-        from mcrise_ray.bench import BenchSpec, prepare, report
+def _run(options: dict[str, Any], address: str | None = None, **settings: Any) -> None:
+    """Run the job that the options mean; `settings` are those of its actors."""
+    with one_line_errors():
+        from mcrise_ray.errors import SpecError
 
-        names = (
-            "image",
-            "precision",
-            "batch_size",
-            "threads",
-            "repeats",
-            "seeds",
-            "images",
-            "price_per_hour",
-        )
-        given = {name: options[name] for name in names} | ({"parts": only} if only else {})
-        spec = BenchSpec(model=_model_spec(options), explain=_explain_spec(options), **given)
-        for line in report(prepare(spec), output):
-            print(line, flush=True)
+        if options["overwrite"] and options["resume"]:
+            raise SpecError("expected --overwrite or --resume, found both; one removes what the other needs")
+        _run_and_report(_job_spec(options, settings), overwrite=options["overwrite"], address=address)
 
 
-def _run(
-    options: dict[str, Any], *, actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
-) -> None:
-    with _one_line_errors():
-        job = _job_spec(options, actors, cpus_per_actor, gpus_per_actor)
-        _run_and_report(job, overwrite=options["overwrite"])
-
-
-def _model_spec(options: dict[str, Any]) -> ModelSpec:
+def _job_spec(options: dict[str, Any], settings: dict[str, Any]) -> JobSpec:
+    from mcrise_ray.decode import DecodeOptions
+    from mcrise_ray.jobspec import JobSpec
     from mcrise_ray.loading import ModelSpec
+    from mcrise_ray.spec import ExplainSpec
 
-    names = ("resize", "shorter_side", "interpolation", "input_range", "activation")
-    size, mean, std = (options[name] for name in ("size", "mean", "std"))
     given = {
-        **{name: options.get(name) for name in names},
-        "size": size and _pair("--size", size),
-        "mean": mean and _triple("--mean", mean),
-        "std": std and _triple("--std", std),
+        "size": options["size"] and pair("--size", options["size"]),
+        "resize": options["resize"],
+        "shorter_side": options["shorter_side"],
+        "interpolation": options["interpolation"],
+        "input_range": options["input_range"],
+        "mean": options["mean"] and triple("--mean", options["mean"]),
+        "std": options["std"] and triple("--std", options["std"]),
+        "activation": options["activation"],
     }
-    return ModelSpec(
+    model = ModelSpec(
         model=options["model"],
         weights=options["weights"],
-        classes=options.get("classes"),
-        args=dict(_key_value(argument) for argument in options["model_arg"] or ()),
+        classes=options["classes"],
+        args=dict(key_value(argument) for argument in options["model_arg"] or ()),
         preprocessing={name: value for name, value in given.items() if value is not None},
         device=options["device"],
     )
-
-
-def _explain_spec(options: dict[str, Any]) -> ExplainSpec:
-    from mcrise_ray.spec import ExplainSpec
-
-    given = {name: options[name] for name in ("method", "seed") if name in options}
     fills = {} if options["colors"] is None else {"colors": options["colors"]}
-    grid = _pair("--grid", options["grid"])
-    return ExplainSpec(masks=options["masks"], grid=grid, p_mask=options["p_mask"], **given, **fills)
-
-
-def _job_spec(
-    options: dict[str, Any], actors: int | None, cpus_per_actor: int, gpus_per_actor: float | None
-) -> JobSpec:
-    from mcrise_ray.decode import DecodeOptions
-    from mcrise_ray.jobs import JobSpec
-
+    spec = ExplainSpec(
+        method=options["method"],
+        masks=options["masks"],
+        grid=pair("--grid", options["grid"]),
+        p_mask=options["p_mask"],
+        seed=options["seed"],
+        **fills,
+    )
     limit = {} if options["max_pixels"] is None else {"max_pixels": options["max_pixels"]}
     return JobSpec(
         images=tuple(options["images"]),
-        model=_model_spec(options),
+        model=model,
         output=options["output"],
         targets=options["target"],
         decode=DecodeOptions(allow_truncated=options["allow_truncated"], **limit),
-        explain=_explain_spec(options),
-        actors=actors,
-        cpus_per_actor=cpus_per_actor,
-        gpus_per_actor=gpus_per_actor,
+        explain=spec,
         batch_size=options["batch_size"],
         standard_error=options["standard_error"],
         original_size=options["original_size"],
         figures=options["figures"],
+        **settings,
     )
 
 
-def _run_and_report(job: JobSpec, overwrite: bool) -> None:
+def _run_and_report(job: JobSpec, overwrite: bool, address: str | None = None) -> None:
     from rich.console import Console
 
     from mcrise_ray.jobs import draw_figures, run_job
     from mcrise_ray.progress import ConsoleReporter, duration
 
-    with ConsoleReporter(Console(stderr=True)) as reporter:
-        summary = run_job(job, reporter, overwrite=overwrite)
+    with _stopped_by_signals(job.output), ConsoleReporter(Console(stderr=True)) as reporter:
+        summary = run_job(job, reporter, overwrite=overwrite, address=address)
     rate = summary.masks / summary.seconds if summary.seconds else 0
+    earlier = f" ({summary.earlier} images by earlier runs)" if summary.earlier else ""
     print(
-        f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
+        f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps{earlier}, "
         f"{summary.masks:,} masks in {duration(summary.seconds)} ({rate:,.0f} masks/s)"
     )
+    if summary.replaced or summary.retries:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in summary.retries.items())
+        print(f"survived: {summary.replaced} actors replaced; calls repeated: {reasons or 'none'}")
+    if summary.halved:
+        print(f"{summary.halved} calls ran with half their batch: the last bits of their maps may differ")
     figures: list[str] = []
     draw_figures(job, figures.append)
     print(f"results: {job.output}/maps, read with mcrise_ray.read_results({job.output!r})")
@@ -347,42 +324,18 @@ def _run_and_report(job: JobSpec, overwrite: bool) -> None:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Errors of ours as one line and exit code 2; a bug keeps its traceback."""
-    from mcrise_ray.errors import MCRiseError
+def _stopped_by_signals(output: str) -> Iterator[None]:
+    """Ctrl-C, and the polite end of a cluster job, leave an output to go on from."""
+    import signal
+    import threading
 
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():  # signals are for no other
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except MCRiseError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-
-
-def _pair(option: str, text: str) -> tuple[int, int]:
-    from mcrise_ray.errors import SpecError
-
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise SpecError(f"{option}: expected two whole numbers such as 96x96, found {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
-def _triple(option: str, text: str) -> tuple[float, ...]:
-    from mcrise_ray.errors import SpecError
-
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 3:
-        raise SpecError(f"{option}: expected three numbers such as 0.485,0.456,0.406, found {text!r}")
-    return values
-
-
-def _key_value(argument: str) -> tuple[str, str]:
-    from mcrise_ray.errors import SpecError
-
-    key, separator, value = argument.partition("=")
-    if not separator or not key.isidentifier():
-        raise SpecError(f"--model-arg: expected KEY=VALUE, found {argument!r}")
-    return key, value
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what is done is in {output}, and the same command goes on from there", err=True)
+        raise typer.Exit(130) from None

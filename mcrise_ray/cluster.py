@@ -2,25 +2,73 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
+import torch
 from ray._private import ray_constants
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
-from mcrise_ray.decode import DecodeOptions
-from mcrise_ray.dispatch import Failed, Finished, InspectTask, Ledger, Task, UnitTask
-from mcrise_ray.errors import ClusterError, MCRiseError
-from mcrise_ray.loading import ModelSpec
-from mcrise_ray.models import ModelFacts
-from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.engine import Event
+from mcrise_ray.errors import ClusterError, MCRiseError, ModelError
+from mcrise_ray.faults import Fault, FaultKind
+from mcrise_ray.jobspec import JobSpec
+from mcrise_ray.tasks import Call
 from mcrise_ray.worker import Worker
 
-IN_FLIGHT = 2  # tasks per actor: one runs while the next one's arguments travel
+_LOOK_AT_CLUSTER_EVERY = 2.0  # seconds
+_KINDS = {
+    FaultKind.UNAVAILABLE: ActorUnavailableError,
+    FaultKind.HOST_MEMORY: OutOfMemoryError,
+    FaultKind.LOST: ObjectLostError,
+}  # any other is the death of an actor, its process or its node
+
+
+@contextmanager
+def connect(job: JobSpec, address: str | None = None) -> Iterator[RayExecutor]:
+    """Ray for one job: a cluster by its address, one that is connected already, or one of our own.
+
+    Raises:
+        ClusterError: it cannot be reached, or cannot start.
+    """
+    if address is None and not ray.is_initialized():
+        gpus = _gpus(job, float(torch.cuda.device_count()))
+        cores = os.cpu_count() or 1
+        with local_ray(max(cores, (job.actors or 1) * job.cpus_per_actor)):
+            yield RayExecutor(job, gpus)
+        return
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address=address, configure_logging=False)
+        except (RuntimeError, ValueError, ConnectionError, OSError) as error:
+            raise ClusterError(f"cannot connect to Ray at {address}: {error}") from error
+    try:
+        yield RayExecutor(job, _gpus(job, ray.cluster_resources().get("GPU", 0.0)))
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _gpus(job: JobSpec, there: float) -> float:
+    """GPUs per actor."""
+    return float(there > 0) if job.gpus_per_actor is None else job.gpus_per_actor
 
 
 @contextmanager
@@ -87,79 +135,104 @@ def _private_files() -> Iterator[None]:
         os.umask(before)
 
 
-def explain_images(
-    ledger: Ledger,
-    actors: Sequence[ActorHandle],
-    on_unit: Callable[[int], None],
-) -> Iterator[Finished | Failed]:
-    """Keep every actor busy until the ledger is finished; yields images as they end.
+class RayExecutor:
+    """Actors of Ray behind the numbers of the engine.
 
-    Raises:
-        ModelError: the model cannot be built; the error is the model's own.
-        ClusterError: an actor died.
+    Futures put what comes back into one queue, so that a turn of the loop costs the same for 2 actors and for
+    1,000 (`ray.wait` looks at all its references each time).
+
+    Args:
+        job: what the actors do.
+        gpus: per actor.
     """
-    running: dict[ray.ObjectRef, tuple[ActorHandle, Task]] = {}
-    free = [actor for _ in range(IN_FLIGHT) for actor in actors]
-    while True:
-        while free:
-            task = ledger.next_task()
-            if task is None:
-                break
-            actor = free.pop(0)
-            running[_submit(actor, task)] = (actor, task)
-        if not running:
-            if not ledger.finished:
-                raise AssertionError("work is left, but none is handed out")
-            return
-        done, _ = ray.wait(list(running), num_returns=1)
-        for ref in done:
-            actor, task = running.pop(ref)
-            free.append(actor)
-            outcome = _outcome(ref)
-            if isinstance(task, InspectTask):
-                ended: Finished | Failed | None = ledger.inspected(task.image, outcome)
-            else:
-                ended = ledger.returned(task, outcome)
-                on_unit(len(task.unit))
-            if ended is not None:
-                yield ended
+
+    def __init__(self, job: JobSpec, gpus: float) -> None:
+        self._job = job
+        self._resources = {"CPU": float(job.cpus_per_actor)} | ({"GPU": gpus} if gpus else {})
+        self._class = ray.remote(
+            num_cpus=job.cpus_per_actor, num_gpus=gpus, max_restarts=0, max_task_retries=0
+        )(Worker)
+        self._handles: dict[int, ActorHandle] = {}
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._wanted, self._looked = 0, -math.inf
+
+    def now(self) -> float:
+        """See `Executor`."""
+        return time.monotonic()
+
+    def wanted(self) -> int:
+        """What was asked for, or as many as fit the cluster of the last seconds."""
+        if self._job.actors is not None:
+            return self._job.actors
+        if self.now() - self._looked > _LOOK_AT_CLUSTER_EVERY:
+            self._looked = self.now()
+            self._wanted = max(1, sum(_fit(node["Resources"], self._resources) for node in _alive_nodes()))
+        return self._wanted
+
+    def start(self, actor: int) -> None:
+        """See `Executor`."""
+        job = self._job
+        handle = self._class.remote(job.model, job.explain, job.targets, job.decode, job.cpus_per_actor)
+        self._handles[actor] = handle
+        self._watch(actor, None, handle.load.remote())
+
+    def submit(self, actor: int, call: Call) -> None:
+        """See `Executor`."""
+        self._watch(actor, call, self._handles[actor].do.remote(call))
+
+    def end(self, actor: int) -> None:
+        """See `Executor`."""
+        ray.kill(self._handles.pop(actor))
+
+    def wait(self, seconds: float) -> list[Event]:
+        """See `Executor`."""
+        events = []
+        try:
+            events.append(self._events.get(timeout=seconds))
+            while True:
+                events.append(self._events.get_nowait())
+        except Empty:
+            return events
+
+    def shortage(self) -> str:
+        """See `Executor`."""
+        has = ", ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in self._resources)
+        asks = ", ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
+        return f"each asks for {asks}; the cluster has {has} in all"
+
+    def _watch(self, actor: int, call: Call | None, ref: ray.ObjectRef) -> None:
+        ref.future().add_done_callback(
+            lambda future: self._events.put(Event(actor, call, _outcome(future, building=call is None)))
+        )
 
 
-def start_actors(
-    count: int,
-    model: ModelSpec,
-    spec: ExplainSpec,
-    targets: Sequence[int | str],
-    decode: DecodeOptions,
-    *,
-    batch_size: int,
-    cpus: int,
-    gpus: float,
-) -> tuple[list[ActorHandle], ModelFacts]:
-    """Actors with the model built, and what the model is; fails fast with the model's own error.
-
-    Raises:
-        ModelError: the model cannot be built.
-    """
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Worker)
-    actors = [remote.remote(model, spec, targets, batch_size, cpus, decode) for _ in range(count)]
-    loaded = [_outcome(actor.load.remote()) for actor in actors]
-    return actors, loaded[0]
-
-
-def _submit(actor: ActorHandle, task: Task) -> ray.ObjectRef:
-    if isinstance(task, UnitTask):
-        return actor.run.remote(task.image, task.targets, task.unit)
-    return actor.inspect.remote(task.image)
-
-
-def _outcome(ref: ray.ObjectRef) -> Any:
-    """What an actor returned; its errors without Ray's remote traceback around them."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
+def _outcome(future: Future[Any], building: bool) -> Any:
+    """What an actor returned, or the fault in the terms of the policy."""
+    error = future.exception()
+    if error is None:
+        return future.result()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[0] if lines else type(error).__name__
+    if isinstance(error, RayTaskError):
         if isinstance(error.cause, MCRiseError):
-            raise error.cause from None
-        raise
-    except RayActorError as error:
-        raise ClusterError(f"an actor died: {str(error).splitlines()[0]}") from error
+            return Fault(FaultKind.BUILD, str(error.cause), error.cause)
+        cause = f"{type(error.cause).__name__}: {error.cause}" if error.cause else message
+        kind = FaultKind.BUILD if building else FaultKind.BROKEN
+        return Fault(kind, cause, ModelError(f"cannot build the model: {cause}") if building else None)
+    if isinstance(error, RuntimeEnvSetupError | ActorUnschedulableError):
+        return Fault(FaultKind.BUILD, message, ClusterError(" ".join(lines)))
+    if isinstance(error, RayActorError) and error.preempted:
+        return Fault(FaultKind.PREEMPTED, message)
+    kind = next((kind for kind, types in _KINDS.items() if isinstance(error, types)), FaultKind.DIED)
+    if isinstance(error, RayActorError):
+        message = lines[-1]  # after the actor's name, address and so on
+    return Fault(kind, f"{type(error).__name__}: {message}"[:400])
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _fit(there: dict[str, float], asked: dict[str, float]) -> int:
+    """How many actors fit one node."""
+    return int(min(there.get(name, 0.0) // amount for name, amount in asked.items()))

@@ -2,100 +2,46 @@
 
 An image is first inspected (decoded and scored unmasked, which settles its targets), then its units are
 handed out. Partial sums are combined in the order of their indices whatever order they arrive in, so the
-result does not depend on how many workers there were (the partition law).
+result does not depend on how many workers there were (the partition law), and each counts once (the once
+law).
+
+A worker stays with one image while that has units to hand out, because every worker has to decode an image
+before its first unit; it takes the next image of the list after that, and helps with the oldest unfinished
+image when the list has ended. So images finish roughly in the order given, and one image with very many units
+keeps all workers busy.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from mcrise_ray.images import ImageRef
-from mcrise_ray.plan import Unit, unit, unit_count
+from mcrise_ray.plan import unit, unit_count
 from mcrise_ray.saliency import Partial
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.tasks import (
+    Call,
+    Ended,
+    Failed,
+    Failure,
+    Finished,
+    Inspection,
+    InspectTask,
+    Outcome,
+    Saved,
+    Task,
+    UnitResult,
+    UnitTask,
+)
 
-
-@dataclass(frozen=True)
-class Target:
-    """One class to explain: its index, its name where known, why it was chosen, its unmasked score."""
-
-    index: int
-    name: str | None
-    role: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a worker found out about an image before any mask; sizes are (height, width).
-
-    Attributes:
-        targets: what to explain.
-        size: of the model's input, and of the maps.
-        seconds: it took.
-        original_size: of the image as it was decoded.
-    """
-
-    targets: tuple[Target, ...]
-    size: tuple[int, int]
-    seconds: float
-    original_size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why an image cannot be explained: the stage it failed at and the message of its error row."""
-
-    stage: str
-    message: str
-
-
-@dataclass(frozen=True)
-class UnitResult:
-    """The sums of one unit and the time they took."""
-
-    partial: Partial
-    seconds: float
-
-
-@dataclass(frozen=True)
-class InspectTask:
-    """Ask a worker for the `Inspection` of an image."""
-
-    image: ImageRef
-
-
-@dataclass(frozen=True)
-class UnitTask:
-    """Ask a worker for the `UnitResult` of one unit of an inspected image."""
-
-    image: ImageRef
-    targets: tuple[int, ...]
-    unit: Unit
-
-
-Task = InspectTask | UnitTask
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An image with all its sums, ready to be finalized and committed."""
-
-    image: ImageRef
-    inspection: Inspection
-    total: Partial
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Failed:
-    """An image that gets an error row."""
-
-    image: ImageRef
-    failure: Failure
+_SECONDS_PER_CALL = 0.1  # quicker units share a call, beside which its cost is small
+_UNITS_PER_CALL = 32
+_NEWEST = 0.2  # weight of the newest unit in the average pace
+_EARLY_BYTES = 2**30  # sums of one image that may wait for a missing one
+_EARLY_AT_LEAST = 8
+_NOBODY = -1
 
 
 @dataclass
@@ -109,103 +55,244 @@ class _Progress:
     early: dict[int, Partial] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def take(self, index: int, result: UnitResult) -> None:
+        """Add a unit's sums in their turn; those that were counted already are dropped (the once law)."""
+        if index < self.combined or index in self.early:
+            return
+        self.seconds += result.seconds
+        self.early[index] = result.partial
+        while self.combined in self.early:
+            self.total = self.total.combine(self.early.pop(self.combined))
+            self.combined += 1
+
 
 class Ledger:
     """The state of a job's images.
 
     Args:
-        images: listed lazily; at most `lookahead` images beyond the one being explained are in memory.
-        lookahead: images inspected in advance, so that no worker waits at the end of an image.
+        images: listed lazily; little more than one image per worker is in memory at a time.
+        spec: decides the units.
+        batch_size: masked images per call of the model.
+        saved: gives the sums of an image that an earlier run had begun, by its `image_id`.
+
+    Attributes:
+        batch_size: of new calls; may be lowered on the way.
     """
 
-    def __init__(self, images: Iterable[ImageRef], spec: ExplainSpec, lookahead: int) -> None:
+    def __init__(
+        self,
+        images: Iterable[ImageRef],
+        spec: ExplainSpec,
+        batch_size: int,
+        saved: Callable[[str], Saved | None] = lambda image_id: None,
+    ) -> None:
+        self.batch_size = batch_size
         self._images: Iterator[ImageRef] = iter(images)
         self._spec = spec
         self._units = unit_count(spec)
-        self._lookahead = max(1, lookahead)
-        self._inspecting: set[ImageRef] = set()
-        self._waiting: deque[ImageRef] = deque()  # inspected, with units to hand out, in the order to do so
+        self._saved = saved
+        self._seconds_per_mask = 0.0
+        self._at_work_on: dict[int, ImageRef | None] = {}  # by worker
+        self._inspecting: dict[ImageRef, int] = {}  # and the worker that does
+        self._inspectors: set[int] = set()
         self._open: dict[ImageRef, _Progress] = {}
+        self._available: OrderedDict[ImageRef, _Progress] = OrderedDict()  # open, with units to hand out
+        self._reserved: dict[int, ImageRef] = {}  # by worker: its next
+        self._given_back: deque[ImageRef] = deque()  # reserved by workers that ended
+        self._ownerless: OrderedDict[ImageRef, None] = OrderedDict()  # perhaps available, and nobody's own
+        self._again: deque[Call] = deque()
+        self._attempts: dict[Task, int] = {}
+        self._listed_all = False
 
     @property
     def finished(self) -> bool:
-        """Nothing is left to hand out or to wait for (true only after `next_task` has returned None)."""
-        return not self._inspecting and not self._open
+        """Nothing is left to hand out or to wait for."""
+        return self._listed_all and not (self._inspecting or self._open or self._reserved or self._given_back)
 
-    def next_task(self) -> Task | None:
-        """The next piece of work, or None where everything is handed out (or waits for an inspection)."""
-        if len(self._inspecting) + len(self._waiting) <= self._lookahead:
-            image = next(self._images, None)
-            if image is not None:
-                self._inspecting.add(image)
-                return InspectTask(image)
-        if not self._waiting:
+    @property
+    def has_work(self) -> bool:
+        """Whether some worker can be given something now."""
+        return bool(
+            self._again or self._available or self._reserved or self._given_back or not self._listed_all
+        )
+
+    @property
+    def seconds_per_unit(self) -> float:
+        """Recent pace; 0 before anything came back."""
+        return self._seconds_per_mask * len(unit(self._spec, 0))
+
+    def next_call(self, worker: int) -> Call | None:
+        """The next piece of work for a worker; None where it has to wait for others, or all is handed out."""
+        while self._again:
+            call = self._again.popleft()
+            if call.tasks[0].image in self._inspecting or call.tasks[0].image in self._open:
+                return call
+        if self._at_work_on.get(worker) not in self._available:
+            if worker in self._inspectors:
+                return None
+            task = self._give_image(worker)
+            if task is not None:
+                return Call((task,), self.batch_size)
+        image = self._at_work_on.get(worker)
+        if image is None or image not in self._available:
             return None
-        image = self._waiting[0]
-        progress = self._open[image]
-        targets = tuple(target.index for target in progress.inspection.targets)
-        task = UnitTask(image, targets, unit(self._spec, progress.handed_out))
-        progress.handed_out += 1
-        if progress.handed_out == self._units:
-            self._waiting.popleft()
-        return task
+        tasks = self._units_of(image)
+        upcoming = None if image in self._available else self._reserve(worker)
+        return Call(tasks, self.batch_size, upcoming)
 
-    def inspected(self, image: ImageRef, outcome: Inspection | Failure) -> Failed | None:
-        """Take in what became of an `InspectTask`."""
-        self._inspecting.discard(image)
-        if isinstance(outcome, Failure):
-            return Failed(image, outcome)
-        zero = Partial.zero(self._spec, len(outcome.targets), outcome.size)
-        self._open[image] = _Progress(outcome, zero, seconds=outcome.seconds)
-        self._waiting.append(image)
+    def returned(self, call: Call, outcomes: Iterable[Outcome]) -> list[Ended]:
+        """Take in what became of a call; whatever concerns an image that ended meanwhile is dropped."""
+        ended = []
+        for task, outcome in zip(call.tasks, outcomes, strict=True):
+            self._attempts.pop(task, None)
+            end = (
+                self._inspected(task, outcome) if isinstance(task, InspectTask) else self._ran(task, outcome)
+            )
+            if end is not None:
+                ended.append(end)
+        return ended
+
+    def requeue(self, call: Call, *, strike: bool, halve: bool = False) -> None:
+        """Hand the tasks of a lost call out again, one by one, so that a bad one stands alone next time.
+
+        Args:
+            call: that was lost.
+            strike: count the loss against its first task, the one that was running.
+            halve: use half the batch of the lost call for them.
+        """
+        batch_size = max(1, call.batch_size // 2) if halve else call.batch_size
+        if strike:
+            self._attempts[call.tasks[0]] = self.attempts(call) + 1
+        self._again.extend(Call((task,), batch_size) for task in call.tasks)
+        for task in call.tasks:
+            self._inspectors.discard(self._inspecting.get(task.image, _NOBODY))
+
+    def attempts(self, call: Call) -> int:
+        """How often the first task of a call has been struck before."""
+        return self._attempts.get(call.tasks[0], 0)
+
+    def give_up(self, call: Call, failure: Failure) -> list[Ended]:
+        """The image of a call's first task fails; its other tasks go back."""
+        first, *others = call.tasks
+        self._again.extend(Call((task,), call.batch_size) for task in others)
+        return self.returned(Call((first,), call.batch_size), [failure])
+
+    def forget(self, worker: int) -> None:
+        """A worker has ended; its calls are requeued by whoever knows them."""
+        image = self._at_work_on.pop(worker, None)
+        if image is not None:
+            self._ownerless[image] = None
+        reserved = self._reserved.pop(worker, None)
+        if reserved is not None:
+            self._given_back.append(reserved)
+        self._inspectors.discard(worker)
+
+    def unfinished(self) -> Iterator[tuple[ImageRef, Saved]]:
+        """Sums of the images in work, for an interrupted job to go on from."""
+        for image, progress in self._open.items():
+            if progress.combined:
+                yield (
+                    image,
+                    Saved(progress.inspection, progress.total, progress.combined, progress.seconds),
+                )
+
+    def _give_image(self, worker: int) -> InspectTask | None:
+        """Let a worker begin with another image: nobody's, the next of the list, or the oldest unfinished."""
+        while self._ownerless:
+            image, _ = self._ownerless.popitem(last=False)
+            if image in self._available:
+                self._at_work_on[worker] = image
+                return None
+        listed = self._reserved.pop(worker, None) or self._next_listed()
+        if listed is None and not self._available and self._reserved:
+            listed = self._reserved.pop(next(iter(self._reserved)))  # better now than when its turn comes
+        if listed is None:
+            self._at_work_on[worker] = next(iter(self._available), None)
+            return None
+        self._at_work_on[worker] = listed
+        saved = self._saved(listed.image_id)
+        if saved is None:
+            self._inspecting[listed] = worker
+            self._inspectors.add(worker)
+            return InspectTask(listed)
+        self._open[listed] = self._available[listed] = _Progress(
+            saved.inspection, saved.total, saved.units, saved.units, seconds=saved.seconds
+        )
         return None
 
-    def returned(self, task: UnitTask, outcome: UnitResult | Failure) -> Finished | Failed | None:
-        """Take in what became of a `UnitTask`; results of an image that failed meanwhile are dropped."""
-        progress = self._open.get(task.image)
+    def _next_listed(self) -> ImageRef | None:
+        image = self._given_back.popleft() if self._given_back else next(self._images, None)
+        if image is None:
+            self._listed_all = True
+        return image
+
+    def _reserve(self, worker: int) -> ImageRef | None:
+        """The image that a worker begins with next, chosen ahead of its turn."""
+        if worker not in self._reserved:
+            image = self._next_listed()
+            if image is None:
+                return None
+            self._reserved[worker] = image
+        return self._reserved[worker]
+
+    def _units_of(self, image: ImageRef) -> tuple[UnitTask, ...]:
+        progress = self._available[image]
+        unit_seconds = self.seconds_per_unit
+        count = int(_SECONDS_PER_CALL / unit_seconds) if unit_seconds else 1
+        stop = min(progress.handed_out + min(max(count, 1), _UNITS_PER_CALL), self._units)
+        targets = tuple(target.index for target in progress.inspection.targets)
+        tasks = tuple(
+            UnitTask(image, targets, unit(self._spec, index)) for index in range(progress.handed_out, stop)
+        )
+        progress.handed_out = stop
+        self._update_available(image, progress)
+        return tasks
+
+    def _update_available(self, image: ImageRef, progress: _Progress) -> None:
+        """An image offers units while few of its sums wait for a missing one: those that do take memory."""
+        waiting_limit = max(_EARLY_AT_LEAST, _EARLY_BYTES // progress.total.nbytes)
+        if progress.handed_out == self._units or len(progress.early) > waiting_limit:
+            self._available.pop(image, None)
+        elif image not in self._available:
+            self._available[image] = progress
+            self._available.move_to_end(image, last=False)
+            self._ownerless[image] = None  # whoever was at work on it may have moved on
+
+    def _inspected(self, task: InspectTask, outcome: Outcome) -> Failed | None:
+        image = task.image
+        worker = self._inspecting.pop(image, None)
+        if worker is None:
+            return None
+        self._inspectors.discard(worker)
+        if self._at_work_on.get(worker) != image:
+            self._ownerless[image] = None
+        if isinstance(outcome, Failure):
+            return Failed(image, outcome)
+        assert isinstance(outcome, Inspection)
+        zero = Partial.zero(self._spec, len(outcome.targets), outcome.size)
+        self._open[image] = self._available[image] = _Progress(outcome, zero, seconds=outcome.seconds)
+        return None
+
+    def _ran(self, task: UnitTask, outcome: Outcome) -> Ended | None:
+        image = task.image
+        progress = self._open.get(image)
         if progress is None:
             return None
         if isinstance(outcome, Failure):
-            self._close(task.image)
-            return Failed(task.image, outcome)
-        progress.seconds += outcome.seconds
-        progress.early[task.unit.index] = outcome.partial
-        while progress.combined in progress.early:
-            progress.total = progress.total.combine(progress.early.pop(progress.combined))
-            progress.combined += 1
+            self._close(image)
+            return Failed(image, outcome)
+        assert isinstance(outcome, UnitResult)
+        pace = outcome.seconds / len(task.unit)
+        self._seconds_per_mask += (
+            _NEWEST * (pace - self._seconds_per_mask) if self._seconds_per_mask else pace
+        )
+        progress.take(task.unit.index, outcome)
         if progress.combined < self._units:
+            self._update_available(image, progress)
             return None
-        self._close(task.image)
-        return Finished(task.image, progress.inspection, progress.total, progress.seconds)
+        self._close(image)
+        return Finished(image, progress.inspection, progress.total, progress.seconds)
 
     def _close(self, image: ImageRef) -> None:
         del self._open[image]
-        if image in self._waiting:
-            self._waiting.remove(image)
-
-
-@runtime_checkable
-class Answers(Protocol):
-    """What can do tasks: a `Worker`."""
-
-    def inspect(self, image: ImageRef) -> Inspection | Failure:
-        """Do an `InspectTask`."""
-        ...
-
-    def run(self, image: ImageRef, targets: tuple[int, ...], unit: Unit) -> UnitResult | Failure:
-        """Do a `UnitTask`."""
-        ...
-
-
-def run_serially(
-    ledger: Ledger, worker: Answers, on_unit: Callable[[int], None]
-) -> Iterator[Finished | Failed]:
-    """One task after the other in this process: the oracle of the distributed loop."""
-    while (task := ledger.next_task()) is not None:
-        if isinstance(task, InspectTask):
-            ended: Finished | Failed | None = ledger.inspected(task.image, worker.inspect(task.image))
-        else:
-            ended = ledger.returned(task, worker.run(task.image, task.targets, task.unit))
-            on_unit(len(task.unit))
-        if ended is not None:
-            yield ended
+        self._available.pop(image, None)

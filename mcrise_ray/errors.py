@@ -33,5 +33,9 @@ class StoreError(MCRiseError):
     """Results cannot be written to, or read from, the output location."""
 
 
+class DeviceError(MCRiseError):
+    """The device under a model has failed; whatever ran on it has to start anew elsewhere."""
+
+
 class ClusterError(MCRiseError):
     """Ray cannot be reached, or cannot give the job what it asks for."""

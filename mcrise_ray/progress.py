@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -16,8 +16,8 @@ _LOG_EVERY = 5.0  # seconds
 class Reporter(Protocol):
     """Told about progress by a running job; says nothing of its own accord."""
 
-    def start(self, images: int | None, masks_per_image: int) -> None:
-        """Work begins; the number of images may be unknown."""
+    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
+        """Work begins; the number of images may be unknown, and some of them done by an earlier run."""
         ...
 
     def masks_done(self, masks: int) -> None:
@@ -32,6 +32,10 @@ class Reporter(Protocol):
         """A line worth keeping."""
         ...
 
+    def outlook(self) -> dict[str, Any]:
+        """`images_total` and `seconds_left`, None where unknown: for those who read the progress file."""
+        ...
+
 
 class ConsoleReporter:
     """Progress on a console: masks per second, images, errors, time left."""
@@ -40,7 +44,7 @@ class ConsoleReporter:
         self._console = console
         self._images: int | None = None
         self._masks_per_image = 0
-        self._masks = self._done = self._failed = 0
+        self._masks = self._done = self._failed = self._earlier = 0
         self._began = self._logged = time.monotonic()
         self._bar: Progress | None = None
 
@@ -53,13 +57,13 @@ class ConsoleReporter:
         if self._bar is not None:
             self._bar.stop()
 
-    def start(self, images: int | None, masks_per_image: int) -> None:
+    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
         """See `Reporter`."""
-        self._images, self._masks_per_image = images, masks_per_image
+        self._images, self._masks_per_image, self._earlier = images, masks_per_image, done
         self._began = self._logged = time.monotonic()
         if self._console.is_terminal:
             self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
-            total = None if images is None else images * masks_per_image
+            total = None if images is None else (images - done) * masks_per_image
             self._task = self._bar.add_task(self.line(), total=total)
             self._bar.start()
 
@@ -82,15 +86,25 @@ class ConsoleReporter:
         """The state in words."""
         elapsed = time.monotonic() - self._began
         rate = self._masks / elapsed if elapsed > 0 else 0.0
-        ended = self._done + self._failed
+        ended = self._earlier + self._done + self._failed
         images = f"{ended}/{self._images}" if self._images is not None else str(ended)
         parts = [f"{images} images", f"{self._masks:,} masks", f"{rate:,.0f} masks/s"]
         if self._failed:
             parts.append(f"{self._failed} errors")
-        if self._images is not None and rate > 0:
-            left = (self._images - self._failed) * self._masks_per_image - self._masks
-            parts.append(f"{duration(max(left, 0) / rate)} left")
+        left = self.outlook()["seconds_left"]
+        if left is not None:
+            share = elapsed / (elapsed + left)
+            end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
+            parts.append(f"{share:.1%}, {duration(left)} left (until {end})")
         return ", ".join(parts)
+
+    def outlook(self) -> dict[str, Any]:
+        """See `Reporter`."""
+        left = None
+        if self._images is not None and self._masks:
+            to_do = (self._images - self._earlier - self._failed) * self._masks_per_image - self._masks
+            left = max(to_do, 0) * (time.monotonic() - self._began) / self._masks
+        return {"images_total": self._images, "seconds_left": left}
 
     def _show(self) -> None:
         if self._bar is not None:

@@ -78,6 +78,11 @@ class Partial:
     baseline: Float64[np.ndarray, "L H W"]
     squares: Float64[np.ndarray, "L M H W"]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the sums take."""
+        return self.raw.nbytes + self.baseline.nbytes + self.squares.nbytes
+
     @staticmethod
     def zero(spec: ExplainSpec, targets: int, size: tuple[int, int]) -> Partial:
         """The sums over no units."""

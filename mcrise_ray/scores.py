@@ -15,7 +15,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from mcrise_ray.errors import ModelError, ScoreError, TargetError
+from mcrise_ray.errors import DeviceError, ModelError, ScoreError, TargetError
+
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed")  # in lower case, of torch and others
 
 BlackBox = Callable[[Tensor], Any]
 Activation = Literal["softmax", "sigmoid", "none"]
@@ -161,6 +163,8 @@ def ask(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndar
     Raises:
         ModelError: the black box raised.
         ScoreError: its answer is not `(B, C)`, or not finite.
+        MemoryError: the batch is too large for the memory, whichever library said so.
+        DeviceError: the GPU has failed: this process cannot use it any more.
     """
     return launch(function, images).read()
 
@@ -178,10 +182,15 @@ def launch(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Answer:
     except (ModelError, ScoreError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ModelError(
+        raised = (
             f"the model raised {type(error).__name__} on a batch of shape {tuple(images.shape)}: "
             f"{' '.join(str(error).split())[:400]}"
-        ) from error
+        )
+        if any(sign in str(error).lower() for sign in _OUT_OF_MEMORY):
+            raise MemoryError(raised) from error
+        if "CUDA error" in str(error):
+            raise DeviceError(raised) from error
+        raise ModelError(raised) from error
     tensor = torch.as_tensor(answer)
     if tensor.ndim != 2 or len(tensor) != len(images):
         raise ScoreError(

@@ -1,17 +1,23 @@
-"""Results in Parquet: the schema, files that appear whole or not at all, and reading them back.
+"""Results in Parquet: the schema, and files that appear whole or not at all.
 
 OUT/maps/*.parquet     one row per image and target
 OUT/errors/*.parquet   one row per image that could not be explained
 OUT/job.json           the spec, versions, counts, state
+OUT/progress.json      how far a running job is
+
+Other modules keep small files of their own beside these (`Store.write`).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +111,34 @@ def map_schema(shape: tuple[int, int, int]) -> pa.Schema:
     )
 
 
+@dataclass(frozen=True)
+class Committed:
+    """What a job's output holds already.
+
+    Attributes:
+        explained: `image_id`s with rows in `maps/`.
+        failed: `image_id`s with a row in `errors/`.
+        rows: of `maps/`.
+        next_part: number of the next file.
+    """
+
+    explained: frozenset[str]
+    failed: frozenset[str]
+    rows: int
+    next_part: int
+
+    @staticmethod
+    def nothing() -> Committed:
+        """An output without results."""
+        return Committed(frozenset(), frozenset(), 0, 0)
+
+    def __len__(self) -> int:
+        return len(self.explained) + len(self.failed)
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self.explained or image_id in self.failed
+
+
 class Store:
     """The output location of one job: a local folder, or a URL that `pyarrow.fs` knows.
 
@@ -114,8 +148,9 @@ class Store:
 
     def __init__(self, location: str) -> None:
         self.location = location
-        self._filesystem, self._root = _resolve(location)
+        self._filesystem, self._root = resolve(location)
         self._is_local = isinstance(self._filesystem, pa.fs.LocalFileSystem)
+        self._run = uuid.uuid4().hex[:8]
 
     def write_maps(self, part: int, rows: Sequence[MapRow]) -> None:
         """Commit finished maps as one file; rows of one file share a shape."""
@@ -124,42 +159,103 @@ class Store:
             name: _column(schema.field(name).type, [getattr(row, name) for row in rows])
             for name in schema.names
         }
-        self._commit(f"maps/part-{part:06d}.parquet", _parquet(pa.table(columns, schema=schema)))
+        self.write(self._part("maps", part), _parquet(pa.table(columns, schema=schema)))
 
     def write_errors(self, part: int, rows: Sequence[ErrorRow]) -> None:
         """Commit error rows as one file."""
         table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_ERROR_SCHEMA)
-        self._commit(f"errors/part-{part:06d}.parquet", _parquet(table))
+        self.write(self._part("errors", part), _parquet(table))
 
     def write_job(self, content: dict[str, Any]) -> None:
         """Replace `job.json`."""
-        self._commit("job.json", pa.py_buffer(json.dumps(content, indent=2).encode()))
+        self.write_json("job.json", content)
 
     def write_figure(self, image_id: str, png: bytes) -> str:
         """Write one figure; returns its path or URL."""
-        name = f"figures/{_file_name(image_id)}.png"
-        self._commit(name, pa.py_buffer(png))
+        name = f"figures/{file_name(image_id)}.png"
+        self.write(name, pa.py_buffer(png))
         return f"{self.location.rstrip('/')}/{name}"
 
-    def begin(self, content: dict[str, Any]) -> None:
-        """Write the first `job.json`, after deleting what an earlier job left and nothing else."""
-        try:
-            for name in ("maps", "errors", "figures"):
+    def clear(self) -> None:
+        """Delete what an earlier job left, and nothing else."""
+        with self._failing("remove results from"):
+            for name in ("maps", "errors", "figures", "partial"):
                 if self._exists(name):
                     self._filesystem.delete_dir(f"{self._root}/{name}")
-            if self._exists("job.json"):
-                self._filesystem.delete_file(f"{self._root}/job.json")
-        except OSError as error:
-            raise StoreError(f"cannot remove results from {self.location}: {error}") from error
-        self.write_job(content)
+            for name in ("job.json", "progress.json"):
+                if self._exists(name):
+                    self._filesystem.delete_file(f"{self._root}/{name}")
 
-    def refuse_existing(self) -> None:
-        """Raise `StoreError` where an earlier job has left results."""
-        if self._exists("job.json"):
-            raise StoreError(
-                f"expected an output without results, found job.json in {self.location}; "
-                "choose another --output, or say --overwrite"
-            )
+    def committed(self) -> Committed:
+        """What earlier runs have finished; deletes what they left half written."""
+        with self._failing("look into"):
+            for name in ("maps", "errors", "partial"):
+                for file in self.files(name):
+                    if ".tmp-" in file:
+                        self._filesystem.delete_file(f"{self._root}/{file}")
+            ids: dict[str, set[str]] = {}
+            rows = 0
+            for name in ("maps", "errors"):
+                ids[name] = set()
+                for file in self.files(name):
+                    with self._filesystem.open_input_file(f"{self._root}/{file}") as source:
+                        column = pa.parquet.read_table(source, columns=["image_id"]).column(0)
+                    ids[name].update(column.unique().to_pylist())
+                    rows += len(column) * (name == "maps")
+        parts = [self.files(name) for name in ("maps", "errors")]
+        next_part = max(
+            (int(re.findall(r"part-(\d+)", file)[0]) + 1 for part in parts for file in part), default=0
+        )
+        return Committed(frozenset(ids["maps"]), frozenset(ids["errors"]), rows, next_part)
+
+    def files(self, folder: str) -> list[str]:
+        """Names of the files of a folder, sorted; none where it does not exist."""
+        selector = pa.fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
+        found = self._filesystem.get_file_info(selector)
+        return sorted(f"{folder}/{file.base_name}" for file in found if file.is_file)
+
+    def read(self, name: str) -> bytes | None:
+        """A whole file; None where it does not exist."""
+        if not self._exists(name):
+            return None
+        with (
+            self._failing(f"read {name} of"),
+            self._filesystem.open_input_stream(f"{self._root}/{name}") as file,
+        ):
+            return bytes(file.read())
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file; None where it does not exist."""
+        content = self.read(name)
+        try:
+            return None if content is None else json.loads(content)
+        except ValueError as error:
+            raise StoreError(f"expected JSON in {name} of {self.location}: {error}") from error
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Replace a JSON file."""
+        self.write(name, pa.py_buffer(json.dumps(content, indent=2).encode()))
+
+    def delete(self, name: str) -> None:
+        """Delete a file that may not exist."""
+        with self._failing(f"delete {name} of"):
+            if self._exists(name):
+                self._filesystem.delete_file(f"{self._root}/{name}")
+
+    def local_path(self, name: str) -> Path | None:
+        """Where a file of a local output is; None on an object store."""
+        return Path(self._root) / name if self._is_local else None
+
+    @contextmanager
+    def _failing(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"cannot {action} {self.location}: {_reason(error)}") from error
+
+    def _part(self, folder: str, number: int) -> str:
+        """Numbered in the order of writing, and never the name that another run might write."""
+        return f"{folder}/part-{number:06d}-{self._run}.parquet"
 
     def _exists(self, name: str) -> bool:
         try:
@@ -168,7 +264,7 @@ class Store:
             raise StoreError(f"cannot look into {self.location}: {error}; check --output") from error
         return bool(info.type != pa.fs.FileType.NotFound)
 
-    def _commit(self, name: str, content: pa.Buffer) -> None:
+    def write(self, name: str, content: pa.Buffer) -> None:
         """Write a whole file or none: by renaming on a file system, by the single put of an object store."""
         path = f"{self._root}/{name}"
         written = f"{path}.tmp-{os.getpid()}" if self._is_local else path
@@ -183,80 +279,17 @@ class Store:
         except OSError as error:
             if self._is_local:
                 Path(written).unlink(missing_ok=True)
-            raise StoreError(f"cannot write {name} to {self.location}: {error}; check --output") from error
+            raise StoreError(f"cannot write {name} to {self.location}: {_reason(error)}") from error
 
 
-class Results:
-    """What a job has committed so far; opening it reads no maps.
-
-    Attributes:
-        job: the content of `job.json`.
-    """
-
-    def __init__(self, location: str) -> None:
-        self._filesystem, self._root = _resolve(location)
-        try:
-            with self._filesystem.open_input_stream(f"{self._root}/job.json") as stream:
-                self.job: dict[str, Any] = json.loads(stream.read())
-        except (OSError, ValueError) as error:
-            raise StoreError(f"expected results in {location}, but cannot read job.json: {error}") from error
-
-    @property
-    def maps(self) -> pa.dataset.Dataset:
-        """All rows of `maps/`, as an Arrow dataset to filter and scan.
-
-        Where maps have the sizes of their images, leave `map`, `baseline` and `standard_error` out of a scan
-        over several files, and iterate over the results instead.
-        """
-        return self._dataset("maps")
-
-    @property
-    def errors(self) -> list[ErrorRow]:
-        """All rows of `errors/`."""
-        dataset = self._dataset("errors")
-        return [ErrorRow(**row) for row in dataset.to_table().to_pylist()] if dataset.schema.names else []
-
-    def __len__(self) -> int:
-        return int(self.maps.count_rows())
-
-    def __iter__(self) -> Iterator[MapRow]:
-        """Rows in the order they were committed, one batch in memory at a time."""
-        for batch in self._batches():
-            tensors = {name: _arrays(batch.column(name)) for name in ("map", "baseline", "standard_error")}
-            plain = batch.drop_columns(list(tensors)).to_pylist()
-            for index, row in enumerate(plain):
-                row["colors"] = tuple(row["colors"])
-                row.update({name: arrays[index] for name, arrays in tensors.items()})
-                yield MapRow(**row)
-
-    def _batches(self) -> Iterator[pa.RecordBatch]:
-        """Some rows at a time; file by file, because maps of different files may differ in their shape."""
-        for file in self._files("maps"):
-            dataset = pa.dataset.dataset(file, filesystem=self._filesystem, format="parquet")
-            yield from dataset.to_batches(batch_size=16, batch_readahead=1, fragment_readahead=1)
-
-    def _dataset(self, name: str) -> pa.dataset.Dataset:
-        files = self._files(name)
-        if not files:
-            return pa.dataset.dataset(pa.table({}))
-        return pa.dataset.dataset(files, filesystem=self._filesystem, format="parquet")
-
-    def _files(self, name: str) -> list[str]:
-        selector = pa.fs.FileSelector(f"{self._root}/{name}", allow_not_found=True)
-        found = self._filesystem.get_file_info(selector)
-        return sorted(file.path for file in found if file.path.endswith(".parquet"))
+def _reason(error: Exception) -> str:
+    """An error with the knob to turn."""
+    full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    knob = "free some space, and run the same job again: it goes on" if full else "check --output"
+    return f"{error}; {knob}"
 
 
-def read_results(location: str) -> Results:
-    """Open the output of a job, finished or not.
-
-    Raises:
-        StoreError: there is none at the location.
-    """
-    return Results(location)
-
-
-def _file_name(image_id: str) -> str:
+def file_name(image_id: str) -> str:
     """A flat file name for an image: readable, and distinct where two readable ones would meet."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", image_id).strip("._")[-80:]
     return (
@@ -266,7 +299,8 @@ def _file_name(image_id: str) -> str:
     )
 
 
-def _resolve(location: str) -> tuple[pa.fs.FileSystem, str]:
+def resolve(location: str) -> tuple[pa.fs.FileSystem, str]:
+    """The file system and path that a local path or URL means."""
     try:
         if "://" in location:
             filesystem, path = pa.fs.FileSystem.from_uri(location)
@@ -286,11 +320,6 @@ def _column(kind: pa.DataType, values: list[Any]) -> pa.Array:
     missing = pa.array([value is None for value in values])
     storage = pa.FixedSizeListArray.from_arrays(pa.array(flat), width, mask=missing)
     return pa.ExtensionArray.from_storage(kind, storage)
-
-
-def _arrays(column: pa.ExtensionArray) -> list[np.ndarray | None]:
-    """Each value of a tensor column as an array of its shape; None for null."""
-    return [value.to_numpy() if value.is_valid else None for value in column]
 
 
 def _parquet(table: pa.Table) -> pa.Buffer:

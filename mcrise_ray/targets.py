@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Float64
 from pydantic import BeforeValidator
 
-from mcrise_ray.dispatch import Target
 from mcrise_ray.errors import TargetError
 from mcrise_ray.images import ImageRef
 from mcrise_ray.models import Model
 from mcrise_ray.scores import check_targets
+from mcrise_ray.tasks import Target
 
 _WORD = re.compile(r"predicted|truth|manifest|top([1-9][0-9]*)")
 

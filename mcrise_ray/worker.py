@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import time
+import traceback
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from mcrise_ray.decode import DecodeOptions
-from mcrise_ray.dispatch import Failure, Inspection, UnitResult
-from mcrise_ray.errors import MCRiseError
+from mcrise_ray.engine import Event
+from mcrise_ray.errors import DeviceError, MCRiseError
 from mcrise_ray.explainer import Subject, run_unit
+from mcrise_ray.faults import Fault, FaultKind
 from mcrise_ray.images import ImageRef, read_image
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.models import Model, ModelFacts, facts, load_model
-from mcrise_ray.plan import Unit
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.targets import choose_targets, parse_targets
+from mcrise_ray.tasks import Call, Failure, Inspection, Outcome, Reply, Task, UnitResult, UnitTask
 
 _SUBJECTS_KEPT = 4  # images held ready: those whose units may still come
 
@@ -24,7 +31,7 @@ _SUBJECTS_KEPT = 4  # images held ready: those whose units may still come
 class Worker:
     """Builds the model once, decodes images itself, and returns sums.
 
-    Errors of one image come back as a `Failure`; anything else is raised, because it would meet every image.
+    Errors of one image come back as a `Failure`, anything else as a `Fault` of the call.
     """
 
     def __init__(
@@ -32,15 +39,14 @@ class Worker:
         model: ModelSpec,
         spec: ExplainSpec,
         targets: str | Sequence[int | str],
-        batch_size: int,
+        decode: DecodeOptions,
         threads: int | None = None,
-        decode: DecodeOptions | None = None,
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._model_spec, self._spec = model, spec
-        self._targets, self._batch_size = parse_targets(targets), batch_size
-        self._decode = decode
+        self._targets = parse_targets(targets)
+        self._decode, self._threads = decode, threads
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._ahead: dict[ImageRef, Future[np.ndarray]] = {}
         self._subjects: dict[ImageRef, tuple[Subject, tuple[int, int]]] = {}
 
     def load(self) -> ModelFacts:
@@ -49,44 +55,117 @@ class Worker:
         Raises:
             ModelError: it cannot be built.
         """
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
         self._model: Model = load_model(self._model_spec)
         return facts(self._model_spec, self._model)
 
-    def inspect(self, image: ImageRef) -> Inspection | Failure:
-        """Decode an image, score it unmasked, and settle its targets."""
-        if image.problem is not None:
-            return Failure("list", image.problem)
+    def do(self, call: Call) -> Reply:
+        """The outcomes of a call's tasks, up to the first that met a fault."""
+        if call.upcoming is not None and call.upcoming.problem is None:
+            self._read_ahead(call.upcoming)
+        outcomes: list[Outcome] = []
+        for task in call.tasks:
+            try:
+                outcomes.append(self._do(task, call.batch_size))
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                self._subjects.clear()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                return Reply(tuple(outcomes), Fault(FaultKind.DEVICE_MEMORY, _one_line(error)))
+            except DeviceError as error:
+                return Reply(tuple(outcomes), Fault(FaultKind.DIED, str(error)))
+            except Exception as error:  # noqa: BLE001 - one image's bug must not end the job
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                text = f"{type(error).__name__}: {_one_line(error)} ({where.filename}:{where.lineno})"
+                return Reply(tuple(outcomes), Fault(FaultKind.BROKEN, text))
+        return Reply(tuple(outcomes))
+
+    def _do(self, task: Task, batch_size: int) -> Outcome:
+        if task.image.problem is not None:
+            return Failure("list", task.image.problem)
         began = time.perf_counter()
         stage = "read"
         try:
-            subject, original_size = self._subject(image)
+            subject, original_size = self._subject(task.image)
             stage = "explain"
+            if isinstance(task, UnitTask):
+                partial = run_unit(subject, task.unit, task.targets, batch_size)
+                return UnitResult(partial, time.perf_counter() - began)
             scores = subject.scores()
-            targets = choose_targets(self._targets, image, scores, self._model)
+            targets = choose_targets(self._targets, task.image, scores, self._model)
+        except DeviceError:
+            raise
         except MCRiseError as error:
             return Failure(stage, str(error))
         return Inspection(targets, subject.size, time.perf_counter() - began, original_size)
-
-    def run(self, image: ImageRef, targets: Sequence[int], unit: Unit) -> UnitResult | Failure:
-        """The sums of one unit of one image."""
-        began = time.perf_counter()
-        stage = "read"
-        try:
-            subject, _ = self._subject(image)
-            stage = "explain"
-            partial = run_unit(subject, unit, targets, self._batch_size)
-        except MCRiseError as error:
-            return Failure(stage, str(error))
-        return UnitResult(partial, time.perf_counter() - began)
 
     def _subject(self, image: ImageRef) -> tuple[Subject, tuple[int, int]]:
         """An image ready to be masked, and the size it was decoded at."""
         subject = self._subjects.pop(image, None)
         if subject is None:
-            decoded = read_image(image.uri, self._decode)
+            reading = self._read_ahead(image)
+            del self._ahead[image]
+            decoded = reading.result()
             height, width = decoded.shape[:2]
             subject = Subject(self._model, self._model.prepare(decoded), self._spec), (height, width)
             while len(self._subjects) >= _SUBJECTS_KEPT:
                 del self._subjects[next(iter(self._subjects))]
         self._subjects[image] = subject
         return subject
+
+    def _read_ahead(self, image: ImageRef) -> Future[np.ndarray]:
+        """Decode in the one thread that does so, while this one waits for the model."""
+        if image not in self._ahead:
+            while len(self._ahead) >= _SUBJECTS_KEPT:
+                del self._ahead[next(iter(self._ahead))]
+            self._ahead[image] = self._reader.submit(read_image, image.uri, self._decode)
+        return self._ahead[image]
+
+
+@dataclass
+class InProcess:
+    """One worker in this process, as an executor: the engine without Ray."""
+
+    worker: Worker
+    _waiting: deque[tuple[int, Call | None]] = field(default_factory=deque)
+
+    def now(self) -> float:
+        """See `Executor`."""
+        return time.monotonic()
+
+    def wanted(self) -> int:
+        """See `Executor`."""
+        return 1
+
+    def start(self, actor: int) -> None:
+        """See `Executor`."""
+        self._waiting.append((actor, None))
+
+    def submit(self, actor: int, call: Call) -> None:
+        """See `Executor`."""
+        self._waiting.append((actor, call))
+
+    def end(self, actor: int) -> None:
+        """See `Executor`; there is nothing to kill."""
+        self._waiting.clear()
+
+    def wait(self, seconds: float) -> list[Event]:
+        """Do the next call."""
+        if not self._waiting:
+            return []
+        actor, call = self._waiting.popleft()
+        outcome: Any
+        try:
+            outcome = self.worker.load() if call is None else self.worker.do(call)
+        except MCRiseError as error:
+            outcome = Fault(FaultKind.BUILD, str(error), error)
+        return [Event(actor, call, outcome)]
+
+    def shortage(self) -> str:
+        """See `Executor`."""
+        return "the model is being built in this process"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
+from contextlib import suppress
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,3 +39,24 @@ def nan() -> object:
 
 def number() -> int:
     return 7
+
+
+class Hungry(nn.Module):
+    """How red an image is, slowly; takes `gib` of memory and holds it once the file `flag` is there."""
+
+    def __init__(self, seconds: float, flag: str, gib: float) -> None:
+        super().__init__()
+        self.seconds, self.flag, self.gib = seconds, flag, gib
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        if self.flag:
+            with suppress(FileNotFoundError):
+                os.unlink(self.flag)  # one process wins
+                held = np.ones(int(self.gib * 2**27))
+                time.sleep(30 + 0 * held[0])
+        return 4 * images.mean(dim=(2, 3))
+
+
+def slow_means(seconds: str, flag: str = "", gib: str = "0") -> nn.Module:
+    return Hungry(float(seconds), flag, float(gib))

@@ -19,7 +19,8 @@ from mcrise_ray import bench
 from mcrise_ray.baselines import rise_as_published, xaitk_mc_rise
 from mcrise_ray.bench import BenchSpec, Case, cost, memory_beyond_model, prepare, variance_ratio
 from mcrise_ray.cli import app
-from mcrise_ray.jobs import JobSpec, Summary
+from mcrise_ray.jobs import Summary
+from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.masks import draw
 from mcrise_ray.timing import Ratio, at_equal_error
@@ -127,7 +128,7 @@ def test_actors_are_measured_through_jobs(case: Case, monkeypatch: pytest.Monkey
     def finished(job: JobSpec, reporter: object, *, overwrite: bool) -> Summary:
         jobs.append(job)
         assert len(list(Path(job.images[0]).glob("*.png"))) == 4
-        return Summary(images=4, errors=0, rows=4, masks=256, seconds=6.0 / job.actors)
+        return Summary(4, 0, 4, 256, 6.0 / job.actors, 0)
 
     monkeypatch.setattr(bench, "run_job", finished)
     (ratio,) = bench.actors(case)

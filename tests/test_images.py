@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import os
 import pickle
 import tarfile
@@ -25,6 +24,7 @@ import pyarrow.parquet
 import pytest
 from corpus import CASES, Decoded, encoded
 from PIL import Image
+from reporting import Silent
 from torch import nn
 
 from mcrise_ray import ImageSource, JobSpec, read_image, read_results, run_job
@@ -99,25 +99,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def s3(data: Path) -> Iterator[str]:
+def s3(data: Path, s3_server: str) -> str:
     """The same on a real S3 server; `{}` stands for the key."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        query = f"endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
-        filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://pictures/?{query}")
-        filesystem.create_dir("pictures")
-        pyarrow.fs.copy_files(str(data), "pictures/some data", destination_filesystem=filesystem)
-        yield f"s3://pictures/some%20data/{{}}?{query}"
-        server.stop()
+    filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://pictures/?{s3_server}")
+    filesystem.create_dir("pictures")
+    pyarrow.fs.copy_files(str(data), "pictures/some data", destination_filesystem=filesystem)
+    return f"s3://pictures/some%20data/{{}}?{s3_server}"
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -402,17 +389,16 @@ def tiny() -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
 
 
-class Silent:
-    """A reporter that keeps what it was told."""
+class Counting(Silent):
+    """A reporter that counts, and wants its lines to be lines."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.total: int | None = -1
         self.ended = 0
 
-    def start(self, images: int | None, masks_per_image: int) -> None:
+    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
         self.total = images
-
-    def masks_done(self, masks: int) -> None: ...
 
     def image_done(self, failed: bool) -> None:
         self.ended += 1
@@ -445,7 +431,7 @@ def test_every_file_of_the_corpus_ends_in_maps_or_errors(tmp_path: Path) -> None
         "pipe.png": False,
         "no utf-8 \\xff.png": True,
     }
-    reporter = Silent()
+    reporter = Counting()
     summary = run_job(job(tmp_path / "out", str(folder)), reporter)
     results = read_results(str(tmp_path / "out"))
     explained = {row.image_id for row in results}
@@ -472,7 +458,7 @@ def test_a_job_from_a_bad_manifest_loses_nothing(data: Path, tmp_path: Path) -> 
         f"{data}/folder/dog/z.png,1,7",
     ]
     (tmp_path / "list.csv").write_text("\n".join(rows))
-    run_job(job(tmp_path / "out", str(tmp_path / "list.csv"), targets="truth+manifest"), Silent())
+    run_job(job(tmp_path / "out", str(tmp_path / "list.csv"), targets="truth+manifest"), Counting())
     results = read_results(str(tmp_path / "out"))
     assert sorted((row.target, row.target_role) for row in results) == [
         (0, "asked"),
@@ -492,14 +478,14 @@ def test_the_decoding_knobs_reach_the_worker(tmp_path: Path) -> None:
     (case,) = (case for case in CASES if case.name == "truncated.jpg")
     (tmp_path / case.name).write_bytes(case.make())
     lenient = {"allow_truncated": True}
-    strict = run_job(job(tmp_path / "a", str(tmp_path / case.name)), Silent())
-    relaxed = run_job(job(tmp_path / "b", str(tmp_path / case.name), decode=lenient), Silent())
+    strict = run_job(job(tmp_path / "a", str(tmp_path / case.name)), Counting())
+    relaxed = run_job(job(tmp_path / "b", str(tmp_path / case.name), decode=lenient), Counting())
     assert (strict.errors, relaxed.images) == (1, 1)
 
 
 def test_a_long_list_starts_without_a_total(data: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("uri\n" + "gone.png\n" * 1100)
-    reporter = Silent()
+    reporter = Counting()
     summary = run_job(job(tmp_path / "out", str(tmp_path / "list.csv")), reporter)
     assert reporter.total is None
     assert (summary.errors, reporter.ended) == (1100, 1100)
@@ -508,7 +494,7 @@ def test_a_long_list_starts_without_a_total(data: Path, tmp_path: Path) -> None:
 def test_no_images_at_all_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageError, match=r"expected images, found none in .*empty"):
-        run_job(job(tmp_path / "out", str(tmp_path / "empty")), Silent())
+        run_job(job(tmp_path / "out", str(tmp_path / "empty")), Counting())
 
 
 @pytest.mark.parametrize(

@@ -17,48 +17,20 @@ import pytest
 import ray
 from click.testing import Result
 from PIL import Image
+from reporting import Silent
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
 from mcrise_ray import cluster, errors
 from mcrise_ray.cli import app
-from mcrise_ray.dispatch import (
-    Failure,
-    Finished,
-    Inspection,
-    InspectTask,
-    Ledger,
-    Target,
-    UnitResult,
-    UnitTask,
-)
-from mcrise_ray.images import ImageRef
-from mcrise_ray.jobs import JobSpec, draw_figures, run_job
+from mcrise_ray.jobs import draw_figures, run_job
+from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
-from mcrise_ray.saliency import Partial
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
 SPEC = ExplainSpec(masks=300, grid=(4, 4))
-
-
-class Silent:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.masks = 0
-        self.notes: list[str] = []
-
-    def start(self, images: int | None, masks_per_image: int) -> None: ...
-
-    def masks_done(self, masks: int) -> None:
-        self.masks += masks
-
-    def image_done(self, failed: bool) -> None: ...
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +136,41 @@ def test_a_model_that_cannot_be_built_stops_the_job_with_its_own_error(
         run_job(broken, Silent())
 
 
+def test_an_actor_that_is_killed_costs_no_bits_and_is_told_of(
+    local_ray: None, folder: Path, tmp_path: Path
+) -> None:
+    """A real process, killed while it holds calls."""
+    killed: list[int] = []
+
+    class Killing(Silent):
+        def masks_done(self, masks: int) -> None:
+            super().masks_done(masks)
+            for process in psutil.Process().children(recursive=True) if not killed else []:
+                if "ray::Worker" in process.name():
+                    killed.append(process.pid)
+                    process.kill()
+                    break
+
+    slow = ModelSpec(
+        model="blackboxes:slow_means",
+        args={"seconds": "0.02"},
+        preprocessing={"size": (20, 24), "activation": "none"},
+    )
+    alone = ModelSpec(**{**slow.model_dump(), "args": {"seconds": "0"}})
+    run_job(job(folder, tmp_path / "alone", model=alone, targets=(0, 2)), Silent())
+    reporter = Killing()
+    summary = run_job(job(folder, tmp_path / "ray", model=slow, targets=(0, 2), actors=2), reporter)
+    alone_maps, together = maps(tmp_path / "alone"), maps(tmp_path / "ray")
+    assert alone_maps.keys() == together.keys()
+    for key, value in alone_maps.items():
+        np.testing.assert_array_equal(value, together[key])
+    assert (summary.images, summary.errors, summary.replaced) == (3, 4, 1)
+    assert summary.retries in ({"actor died": 1}, {"actor died": 2})
+    stored = json.loads((tmp_path / "ray/job.json").read_text())
+    assert stored["faults"] == {"retries": summary.retries, "replaced": 1, "halved": 0}
+    assert sum(note.startswith("actor died: ") for note in reporter.notes) == sum(summary.retries.values())
+
+
 def test_local_ray_listens_on_loopback_only(local_ray: None) -> None:
     family = {process.pid for process in psutil.Process().children(recursive=True)} | {os.getpid()}
     listening = {
@@ -208,10 +215,25 @@ def test_pandas_reads_the_maps(folder: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_results_of_an_earlier_job_are_not_overwritten(folder: Path, tmp_path: Path) -> None:
+def test_results_of_another_job_are_not_overwritten(folder: Path, tmp_path: Path) -> None:
     run_job(job(folder, tmp_path / "out"), Silent())
-    with pytest.raises(errors.StoreError, match=r"found job.json in .*another --output"):
-        run_job(job(folder, tmp_path / "out"), Silent())
+    other = job(folder, tmp_path / "out", explain=ExplainSpec(masks=301, grid=(4, 4)), targets=(0,))
+    with pytest.raises(
+        errors.StoreError,
+        match=r"explain.masks: 300 there, 301 asked; targets: \[0, 3\] there, \[0\] asked.*another --output",
+    ):
+        run_job(other, Silent())
+
+
+def test_a_finished_job_submitted_again_does_nothing(folder: Path, tmp_path: Path) -> None:
+    first = run_job(job(folder, tmp_path / "out"), Silent())
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
+    reporter = Silent()
+    again = run_job(job(folder, tmp_path / "out", actors=0, figures=3), reporter)
+    assert (again.images, again.errors, again.rows, again.masks) == (3, 4, 6, 0)
+    assert (first.images, first.errors, first.rows) == (3, 4, 6)
+    assert "all 7 images are done already" in reporter.notes[0]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == files
 
 
 def test_overwriting_waits_until_the_new_job_can_start(folder: Path, tmp_path: Path) -> None:
@@ -279,70 +301,6 @@ def test_one_figure_per_image_whatever_its_name(folder: Path, tmp_path: Path) ->
 
 
 # The ledger, without any worker.
-
-
-def inspection() -> Inspection:
-    return Inspection((Target(1, None, "asked", 0.5),), (4, 4), 0.0, (4, 4))
-
-
-def sums(value: float, masks: int) -> UnitResult:
-    one = np.full((1, 1, 4, 4), float(value))
-    return UnitResult(Partial(masks, 1, one, one[0], one), 0.1)
-
-
-def test_the_ledger_reduces_in_index_order_and_counts_each_unit_once() -> None:
-    spec = ExplainSpec(masks=192, colors="black")
-    ledger = Ledger([ImageRef("a", "a")], spec, lookahead=1)
-    task = ledger.next_task()
-    assert isinstance(task, InspectTask)
-    assert ledger.next_task() is None
-    assert ledger.inspected(task.image, inspection()) is None
-    tasks = [ledger.next_task() for _ in range(3)]
-    assert ledger.next_task() is None
-    assert all(isinstance(t, UnitTask) for t in tasks)
-    values = [1e16, 1.0, -1e16]  # in floating point the order shows
-    ended = [ledger.returned(tasks[i], sums(values[i], 64)) for i in (2, 0, 1)]  # type: ignore[arg-type]
-    assert ended[:2] == [None, None]
-    assert isinstance(ended[2], Finished)
-    assert ended[2].total.raw[0, 0, 0, 0] == (1e16 + 1.0) - 1e16
-    assert ended[2].total.masks == 192
-    assert ledger.finished
-    assert ledger.returned(tasks[0], sums(5, 64)) is None  # type: ignore[arg-type]
-
-
-def test_the_ledger_drops_the_rest_of_an_image_that_failed() -> None:
-    spec = ExplainSpec(masks=192, colors="black")
-    ledger = Ledger([ImageRef("a", "a"), ImageRef("b", "b")], spec, lookahead=1)
-    first = ledger.next_task()
-    assert isinstance(first, InspectTask)
-    ledger.inspected(first.image, inspection())
-    second = ledger.next_task()
-    assert isinstance(second, InspectTask)
-    unit = ledger.next_task()
-    other = ledger.next_task()
-    assert isinstance(unit, UnitTask)
-    assert isinstance(other, UnitTask)
-    failed = ledger.returned(unit, Failure("explain", "NaN"))
-    assert failed is not None
-    assert failed.image.image_id == "a"
-    assert ledger.returned(other, sums(1, 64)) is None
-    ledger.inspected(second.image, Failure("read", "gone"))
-    assert ledger.next_task() is None
-    assert ledger.finished
-
-
-def test_a_lazy_listing_is_not_drained() -> None:
-    taken: list[int] = []
-
-    def images() -> Iterator[ImageRef]:
-        for n in range(10**9):
-            taken.append(n)
-            yield ImageRef(str(n), str(n))
-
-    ledger = Ledger(images(), ExplainSpec(masks=64), lookahead=2)
-    while ledger.next_task() is not None:
-        pass
-    assert len(taken) == 3
 
 
 # The command line.

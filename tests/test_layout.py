@@ -39,19 +39,29 @@ ORDER = [
     "precision",
     "tuning",
     "store",
+    "results",
+    "faults",
+    "tasks",
     "dispatch",
+    "engine",
     "targets",
     "worker",
+    "jobspec",
     "cluster",
-    "render",
+    "checkpoints",
+    "lease",
     "progress",
+    "recorder",
+    "render",
     "jobs",
     "bench",
+    "arguments",
+    "benchcli",
     "demo",
     "cli",
 ]
 
-ALLOWED = {"ray": {"cluster", "jobs"}, "pyarrow": {"store", "files", "shards"}}
+ALLOWED = {"ray": {"cluster", "jobs"}, "pyarrow": {"store", "results", "files", "shards"}}
 
 
 def imports(path: Path) -> set[str]:

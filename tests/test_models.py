@@ -409,8 +409,10 @@ def test_gtsrb_resnet_reads_signs() -> None:
 @pytest.mark.parametrize("original", [False, True])
 def test_a_job_stores_the_model_and_maps_of_the_size_asked_for(tmp_path: Path, original: bool) -> None:
     from PIL import Image
+    from reporting import Silent
 
-    from mcrise_ray.jobs import JobSpec, draw_figures, run_job
+    from mcrise_ray.jobs import draw_figures, run_job
+    from mcrise_ray.jobspec import JobSpec
 
     sizes = {"a": (30, 50), "b": (30, 50), "c": (64, 20)}
     rng = np.random.default_rng(0)
@@ -426,15 +428,9 @@ def test_a_job_stores_the_model_and_maps_of_the_size_asked_for(tmp_path: Path, o
         standard_error=True,
         original_size=original,
     )
-    notes: list[str] = []
-    quiet = SimpleNamespace(
-        start=lambda images, masks: None,
-        masks_done=lambda masks: None,
-        image_done=lambda failed: None,
-        note=notes.append,
-    )
-    assert run_job(job, quiet).images == 3
-    assert notes == ["model networks:tiny on cpu, in this process"]
+    reporter = Silent()
+    assert run_job(job, reporter).images == 3
+    assert reporter.notes == ["model networks:tiny on cpu"]
     results = mr.read_results(job.output)
     assert json.loads(json.dumps(results.job["model"])) == {
         "model": "networks:tiny",
@@ -462,7 +458,7 @@ def test_command_line_says_the_whole_record(monkeypatch: pytest.MonkeyPatch) -> 
     from mcrise_ray import cli
 
     jobs = []
-    monkeypatch.setattr(cli, "_run_and_report", lambda job, overwrite: jobs.append(job))
+    monkeypatch.setattr(cli, "_run_and_report", lambda job, **_: jobs.append(job))
     said = {
         "size": "96x64",
         "resize": "crop",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import mcrise_ray as mr
 from mcrise_ray.blend import Blender
 from mcrise_ray.explainer import Subject, run_unit
 from mcrise_ray.masks import Masks, coverage, draw
-from mcrise_ray.plan import Unit, units
+from mcrise_ray.plan import Unit, unit_count, units
 from mcrise_ray.saliency import Maps, Partial, UnitSums
 from mcrise_ray.spec import ExplainSpec
 
@@ -205,3 +206,31 @@ def test_blending_in_normalised_space_is_blending_in_rgb(
     )
     expected = (rgb - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     torch.testing.assert_close(normalised, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_sums_of_a_hundred_million_masks_are_as_good_as_exact(rng: np.random.Generator) -> None:
+    """Against exact arithmetic: float64 rounds once per addition, one per mask and then one per unit."""
+    spec = ExplainSpec(masks=10**8, grid=(1, 1), colors="black")
+    total = Partial.zero(spec, 1, (1, 1))
+    unit_sums = rng.random(unit_count(spec)) * 4096
+    for value in unit_sums:
+        one = np.full((1, 1, 1, 1), value)
+        total = total.combine(Partial(4096, 1, one, one[0], one))
+    exact = Fraction(0)
+    for value in unit_sums:
+        exact += Fraction(float(value))
+    error = abs(Fraction(float(total.raw[0, 0, 0, 0])) - exact)
+    assert error <= exact * len(unit_sums) * Fraction(1, 2**53)
+    assert float(error / exact) < 3e-12
+
+
+def test_the_sums_of_a_unit_are_as_good_as_exact(rng: np.random.Generator) -> None:
+    spec = ExplainSpec(masks=4096, grid=(1, 1), colors="black")
+    masks, scores = draw(spec, 0, 4096), rng.random((4096, 1))
+    sums = UnitSums(spec, 1, (1, 1))
+    sums.accumulate(masks, scores)
+    exact = sum(
+        Fraction(float(score)) for score, cell in zip(scores[:, 0], masks.cells.ravel(), strict=True) if cell
+    )
+    found = Fraction(float(sums.partial().raw[0, 0, 0, 0])) / Fraction(1 / spec.p_mask)
+    assert abs(found - exact) <= exact * 4097 * Fraction(1, 2**53)

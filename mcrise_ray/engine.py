@@ -1,0 +1,328 @@
+"""The loop that keeps every actor busy, starts others for those that die, and loses nothing on the way.
+
+It knows actors only as numbers behind an `Executor`: Ray in `cluster.py`, this process in `worker.py`, a
+simulation with virtual time in the tests.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from mcrise_ray.dispatch import Ledger
+from mcrise_ray.errors import ClusterError, MCRiseError
+from mcrise_ray.faults import ACTOR_GONE, Decision, Fault, FaultKind, History, Then, decide
+from mcrise_ray.tasks import Call, Ended, Failure, InspectTask, Reply
+
+_SHORT_CALL = 0.5  # seconds; an actor holds a second call in its queue only while calls are that short
+_FIRST = 15  # times the deadline: how long an actor's first masks may take
+_SLOW = 10  # times the slowest pace seen: then a call counts as stalled
+_HALVINGS_TO_LEARN = 3  # calls that ran out of memory before all calls get half the batch
+_LOOK_EVERY = 1.0  # seconds between looks for stalled calls
+_WAITING_NOTE_EVERY = 30.0  # seconds
+_LONGEST_PAUSE = 30.0  # seconds before another actor is tried after several that finished nothing
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an executor has to tell of an actor: what became of a call, or (no call) of building the model."""
+
+    actor: int
+    call: Call | None
+    outcome: Any  # Reply of a call, facts of a built model, or Fault
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Actors by number; nothing here waits but `wait`."""
+
+    def now(self) -> float:
+        """Seconds on a clock that only moves forward."""
+        ...
+
+    def wanted(self) -> int:
+        """How many actors there should be now; may change while the cluster does."""
+        ...
+
+    def start(self, actor: int) -> None:
+        """Begin to start an actor; an event without a call says that its model is built."""
+        ...
+
+    def submit(self, actor: int, call: Call) -> None:
+        """Queue a call behind the others of an actor."""
+        ...
+
+    def end(self, actor: int) -> None:
+        """Kill an actor, dead or alive."""
+        ...
+
+    def wait(self, seconds: float) -> list[Event]:
+        """Events since the last call; at most so many seconds are spent waiting for the first."""
+        ...
+
+    def shortage(self) -> str:
+        """Why actors may be waiting to start, in words."""
+        ...
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where results go, in the order in which they come."""
+
+    def built(self, facts: Any) -> None:
+        """The first actor has built the model."""
+        ...
+
+    def ended(self, image: Ended) -> None:
+        """An image is explained, or has failed."""
+        ...
+
+    def masks_done(self, masks: int) -> None:
+        """Some masks have been scored."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A line worth keeping."""
+        ...
+
+    def tick(self) -> None:
+        """Time has passed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop trying.
+
+    Attributes:
+        max_retries: of one call whose actor died under it.
+        max_lost_starts: actors in a row that ended before they finished anything.
+        deadline: seconds that any call may take; ten times the slowest pace seen counts where that is longer,
+            and fifteen deadlines until an actor has scored its first masks, which may compile the model.
+        tick: seconds between looks at the clock while nothing comes back.
+    """
+
+    max_retries: int = 3
+    max_lost_starts: int = 8
+    deadline: float = 60.0
+    tick: float = 1.0
+
+
+@dataclass
+class Tally:
+    """What went wrong and was put right.
+
+    Attributes:
+        retries: calls handed out again, by the kind of their fault.
+        replaced: actors ended and replaced.
+        halved: calls repeated with half their batch: the last bits of their images may differ.
+    """
+
+    retries: dict[str, int] = field(default_factory=dict)
+    replaced: int = 0
+    halved: int = 0
+
+
+@dataclass
+class _Actor:
+    number: int
+    calls: deque[Call] = field(default_factory=deque)  # in the order they run
+    built: bool = False
+    finished: int = 0
+    scored: bool = False  # any masks
+    since: float = 0.0  # when the first of `calls` began to run
+
+
+class Engine:
+    """One job's loop over an executor; `run` once."""
+
+    def __init__(self, ledger: Ledger, executor: Executor, sink: Sink, limits: Limits | None = None) -> None:
+        self.tally = Tally()
+        self._ledger, self._executor, self._sink = ledger, executor, sink
+        self._limits = limits or Limits()
+        self._actors: dict[int, _Actor] = {}
+        self._hungry: deque[int] = deque()  # actors that may take another call
+        self._started = self._lost_starts = 0
+        self._ever_built = False
+        self._pause_until = self._look_at = 0.0
+        self._waiting_since: float | None = None
+        self._slowest = 0.0  # seconds per mask
+
+    def run(self) -> Tally:
+        """Work until the ledger is finished.
+
+        Raises:
+            MCRiseError: the model cannot be built; actor after actor dies; the sink fails.
+        """
+        try:
+            while True:
+                self._recruit()
+                self._feed()
+                if self._ledger.finished:
+                    return self.tally
+                for event in self._executor.wait(self._limits.tick):
+                    self._handle(event)
+                self._look_at_clock()
+                self._sink.tick()
+        finally:
+            for actor in self._actors:
+                self._executor.end(actor)
+
+    def _recruit(self) -> None:
+        if self._executor.now() < self._pause_until:
+            return
+        for _ in range(self._executor.wanted() - len(self._actors)):
+            self._actors[self._started] = _Actor(self._started)
+            self._executor.start(self._started)
+            self._started += 1
+
+    def _feed(self) -> None:
+        """Give calls to whoever has room, as long as there are any."""
+        while self._hungry and self._ledger.has_work:
+            number = self._hungry.popleft()
+            actor = self._actors.get(number)
+            if actor is None or len(actor.calls) >= self._room():
+                continue
+            call = self._ledger.next_call(number)
+            if call is not None:
+                if not actor.calls:
+                    actor.since = self._executor.now()
+                actor.calls.append(call)
+                self._executor.submit(number, call)
+                if len(actor.calls) < self._room():
+                    self._hungry.append(number)
+            elif not actor.calls:
+                self._hungry.appendleft(number)
+                return  # what is left waits for others: nobody idle could be given anything
+
+    def _room(self) -> int:
+        """Calls in flight per actor: the second waits where the first is quick, or the actor would idle."""
+        return 2 if 0 < self._ledger.seconds_per_unit <= _SHORT_CALL else 1
+
+    def _handle(self, event: Event) -> None:
+        actor = self._actors.get(event.actor)
+        if actor is None:
+            return  # ended before: what it still delivers has been handed out again
+        if isinstance(event.outcome, Fault):
+            if event.outcome.kind in ACTOR_GONE:
+                self._lose_actor(actor, event.outcome)
+            elif event.call is not None:
+                actor.calls.remove(event.call)
+                actor.since = self._executor.now()
+                self._lose_call(event.call, event.outcome)
+                self._hungry.append(actor.number)
+        elif event.call is None:
+            self._built(actor, event.outcome)
+        else:
+            self._returned(actor, event.call, event.outcome)
+
+    def _built(self, actor: _Actor, facts: Any) -> None:
+        actor.built = True
+        self._hungry.append(actor.number)
+        if not self._ever_built:
+            self._ever_built = True
+            self._sink.built(facts)
+
+    def _returned(self, actor: _Actor, call: Call, reply: Reply) -> None:
+        now = self._executor.now()
+        done, rest = call.split(len(reply.outcomes))
+        if done is not None:
+            actor.finished += 1
+            self._lost_starts = 0
+            for ended in self._ledger.returned(done, reply.outcomes):
+                self._sink.ended(ended)
+            if done.masks:
+                actor.scored = True
+                self._slowest = max(self._slowest, (now - actor.since) / done.masks)
+                self._sink.masks_done(done.masks)
+        if reply.fault is not None and reply.fault.kind in ACTOR_GONE:
+            actor.calls.remove(call)
+            actor.calls.appendleft(rest or call)
+            self._lose_actor(actor, reply.fault)
+            return
+        actor.calls.remove(call)
+        actor.since = now
+        self._hungry.append(actor.number)
+        if rest is not None and reply.fault is not None:
+            self._lose_call(rest, reply.fault)
+
+    def _look_at_clock(self) -> None:
+        now = self._executor.now()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_EVERY
+        for actor in list(self._actors.values()):
+            if actor.calls and now - actor.since > self._deadline(actor):
+                took = f"no answer within {now - actor.since:.0f} s"
+                self._lose_actor(actor, Fault(FaultKind.STALLED, took))
+        if any(actor.built for actor in self._actors.values()):
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = now
+        elif now - self._waiting_since > _WAITING_NOTE_EVERY:
+            self._waiting_since = now
+            self._sink.note(f"waiting for {len(self._actors)} actors to start: {self._executor.shortage()}")
+
+    def _deadline(self, actor: _Actor) -> float:
+        floor = self._limits.deadline * (1 if actor.scored else _FIRST)
+        return max(floor, _SLOW * self._slowest * actor.calls[0].masks)
+
+    def _lose_actor(self, actor: _Actor, fault: Fault) -> None:
+        """An actor is gone: its running call is judged, those behind it go back unblamed."""
+        self._executor.end(actor.number)
+        del self._actors[actor.number]
+        self._ledger.forget(actor.number)
+        if not actor.finished and fault.kind is not FaultKind.PREEMPTED:
+            self._lost_starts += 1
+            self._pause_until = self._executor.now() + min(2.0 ** (self._lost_starts - 2), _LONGEST_PAUSE)
+        self.tally.replaced += 1
+        if actor.calls:
+            head = actor.calls.popleft()
+            for call in actor.calls:
+                self._ledger.requeue(call, strike=False)
+            self._lose_call(head, fault, actor)
+        elif self._decide(None, fault).then is Then.STOP:
+            raise self._stop(fault)
+        else:
+            self._sink.note(f"{fault.kind.value}: {fault.message}; actor {actor.number} replaced")
+
+    def _lose_call(self, call: Call, fault: Fault, actor: _Actor | None = None) -> None:
+        decision = self._decide(call, fault)
+        if decision.then is Then.STOP:
+            raise self._stop(fault)
+        image = call.tasks[0].image.image_id
+        replaced = f"actor {actor.number} replaced, " if actor is not None else ""
+        self._sink.note(f"{fault.kind.value}: {fault.message}; {replaced}{image} {decision.then.value}")
+        if decision.then is Then.SKIP:
+            attempts = self._ledger.attempts(call)
+            times = f", after {attempts} retries" if attempts else ""
+            failure = Failure("explain", f"{fault.kind.value}{times}: {fault.message}")
+            for ended in self._ledger.give_up(call, failure):
+                self._sink.ended(ended)
+            return
+        halve = decision.then is Then.HALVE
+        self.tally.retries[fault.kind.value] = self.tally.retries.get(fault.kind.value, 0) + 1
+        self._ledger.requeue(call, strike=decision.strike, halve=halve)
+        if halve:
+            self.tally.halved += 1
+            if self.tally.halved % _HALVINGS_TO_LEARN == 0 and call.batch_size == self._ledger.batch_size:
+                self._ledger.batch_size = max(1, self._ledger.batch_size // 2)
+                self._sink.note(f"batch size {self._ledger.batch_size} from here on")
+
+    def _decide(self, call: Call | None, fault: Fault) -> Decision:
+        history = History(
+            attempts=self._ledger.attempts(call) if call else 0,
+            batch_size=call.batch_size if call and not isinstance(call.tasks[0], InspectTask) else 1,
+            lost_starts=self._lost_starts,
+            built=self._ever_built,
+        )
+        return decide(fault, history, self._limits.max_retries, self._limits.max_lost_starts)
+
+    def _stop(self, fault: Fault) -> MCRiseError:
+        if fault.error is not None:
+            return fault.error
+        return ClusterError(
+            f"{self._lost_starts} actors in a row ended before they finished anything; the last: "
+            f"{fault.kind.value}: {fault.message}"
+        )

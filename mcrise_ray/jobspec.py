@@ -1,0 +1,98 @@
+"""Everything that a job is, and which part of it decides what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import Field
+
+from mcrise_ray.decode import DecodeOptions
+from mcrise_ray.explainer import DEFAULT_BATCH_SIZE
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.spec import ExplainSpec, StrictModel
+from mcrise_ray.targets import TargetChoice
+
+_FREE_TO_CHANGE = frozenset({"output", "actors", "gpus_per_actor", "figures", "deadline", "max_retries"})
+
+
+class JobSpec(StrictModel):
+    """Everything that a job is.
+
+    Args:
+        images: files, folders, manifests, shards, datasets: see `ImageSource`.
+        model: which model.
+        output: folder or URL of the results.
+        targets: `"predicted"`, `"top5"`, `"truth"`, `"predicted+truth"`, `"manifest"`, or class indices and
+            names; see `parse_targets`. Several targets share one pass.
+        decode: what is decoded and what is refused.
+        explain: method, masks, fills.
+        actors: Ray actors that each hold the model; 0 runs in this process without Ray; None takes as many as
+            fit, also while the cluster grows or shrinks.
+        cpus_per_actor: cores, and threads of torch, per actor.
+        gpus_per_actor: may be a fraction; None takes one where the cluster has any.
+        batch_size: masked images per call of the model.
+        standard_error: store the standard error of every pixel too, at the price of twice the space.
+        original_size: store maps at the size of each image instead of the model's input: bilinear, NaN where
+            a centre crop cut the image off.
+        figures: draw the first so many images.
+        deadline: seconds after which a call counts as stalled, and its actor is replaced; ten times the
+            slowest pace seen so far counts where that is longer.
+        max_retries: of a unit of masks whose actor died under it, before its image gets an error row.
+    """
+
+    images: tuple[str, ...]
+    model: ModelSpec
+    output: str
+    targets: TargetChoice = ("predicted",)
+    decode: DecodeOptions = Field(default_factory=DecodeOptions)
+    explain: ExplainSpec = Field(default_factory=ExplainSpec)
+    actors: int | None = Field(default=None, ge=0)
+    cpus_per_actor: int = Field(default=1, ge=1)
+    gpus_per_actor: float | None = Field(default=None, ge=0)
+    batch_size: int = Field(default=DEFAULT_BATCH_SIZE, ge=1)
+    standard_error: bool = False
+    original_size: bool = False
+    figures: int = Field(default=100, ge=0)
+    deadline: float = Field(default=60.0, gt=0)
+    max_retries: int = Field(default=3, ge=0)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the results: two runs that share them may share one output.
+
+        Threads belong to them, because a sum's rounding depends on how it is split.
+        """
+        content = {
+            name: value for name, value in self.model_dump(mode="json").items() if name not in _FREE_TO_CHANGE
+        }
+        if self.actors == 0:
+            content["cpus_per_actor"] = None  # this process takes torch's own choice
+        return content
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hex digits of the `identity`."""
+        text = json.dumps(self.identity, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Settings in which two identities differ, in words: `explain.masks: 8000 there, 4000 asked`."""
+    left, right = _flat(there), _flat(asked)
+    return [
+        f"{name}: {left.get(name, 'nothing')} there, {right.get(name, 'nothing')} asked"
+        for name in sorted({*left, *right})
+        if left.get(name) != right.get(name)
+    ]
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,291 @@
+"""From images as they end to committed files: rows, checkpoints, progress, without holding up the loop."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from mcrise_ray.checkpoints import Checkpoints
+from mcrise_ray.dispatch import Ledger
+from mcrise_ray.explainer import explanation
+from mcrise_ray.jobspec import JobSpec
+from mcrise_ray.lease import Lease
+from mcrise_ray.models import ModelFacts
+from mcrise_ray.progress import Reporter
+from mcrise_ray.store import Committed, ErrorRow, MapRow, Store
+from mcrise_ray.tasks import Ended, Failed, Finished
+
+_ROWS_PER_FILE = 64
+_BYTES_PER_FILE = 256 * 2**20  # maps at the size of photographs are large
+_COMMIT_EVERY = 30.0  # seconds that a finished image may wait for others to share its file
+_SAVE_EVERY = 60.0  # seconds between looks for sums worth saving
+_SAVE_AFTER = 60.0  # seconds of work on one image that are worth saving
+_PROGRESS_EVERY = 5.0  # seconds
+_BACKLOG = 32  # finished images that may wait to be written
+
+
+@dataclass
+class Counts:
+    """What has become of the images; `earlier` of them in runs before this one."""
+
+    images: int = 0
+    errors: int = 0
+    rows: int = 0
+    masks: int = 0
+    earlier: int = 0
+
+
+class Recorder:
+    """Where the engine's results go: implements `engine.Sink`.
+
+    Finalizing and writing happen in a thread of its own, in the order of arrival, so that the loop goes on
+    handing out work meanwhile; what that thread raises is raised by the next call.
+
+    Args:
+        job: what is being done.
+        store: where results go.
+        lease: on the output; kept alive here.
+        checkpoints: where sums of unfinished images go.
+        committed: what earlier runs have finished.
+        ledger: asked for unfinished images.
+        reporter: told about progress.
+        clear: delete what the output holds once the model is built.
+    """
+
+    def __init__(
+        self,
+        job: JobSpec,
+        store: Store,
+        lease: Lease,
+        checkpoints: Checkpoints,
+        committed: Committed,
+        ledger: Ledger,
+        reporter: Reporter,
+        clear: bool = False,
+    ) -> None:
+        self.counts = Counts(
+            images=len(committed.explained),
+            errors=len(committed.failed),
+            rows=committed.rows,
+            earlier=len(committed.explained) + len(committed.failed),
+        )
+        self._job, self._store, self._lease, self._checkpoints = job, store, lease, checkpoints
+        self._ledger, self._reporter, self._clear = ledger, reporter, clear
+        self._facts: ModelFacts | None = None
+        self._maps = _Part(store.write_maps, committed.next_part)
+        self._errors = _Part(store.write_errors, committed.next_part)
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._backlog: deque[Future[None]] = deque()
+        self._saved_seconds: dict[str, float] = {}
+        self._began = self._saved_at = self._progress_at = time.monotonic()
+
+    def built(self, facts: ModelFacts) -> None:
+        """See `Sink`."""
+        self._facts = facts
+        self._reporter.note(f"model {facts.model} on {facts.device}")
+        if self._clear:
+            self._store.clear()
+        self._store.write_job(job_file(self._job, facts, "running"))
+
+    def ended(self, image: Ended) -> None:
+        """See `Sink`."""
+        failed = isinstance(image, Failed)
+        if isinstance(image, Failed):
+            self.counts.errors += 1
+            self._reporter.note(f"error: {image.failure.message}")
+        else:
+            self.counts.images += 1
+            self.counts.rows += len(image.inspection.targets)
+        self._write(lambda: self._record(image))
+        self._reporter.image_done(failed)
+
+    def masks_done(self, masks: int) -> None:
+        """See `Sink`."""
+        self.counts.masks += masks
+        self._reporter.masks_done(masks)
+
+    def note(self, text: str) -> None:
+        """See `Sink`."""
+        self._reporter.note(text)
+
+    def tick(self) -> None:
+        """Commit what has waited long enough, save sums of long images, tell how far the job is."""
+        self._lease.renew()
+        while self._backlog and self._backlog[0].done():
+            self._backlog.popleft().result()
+        now = time.monotonic()
+        if now - self._progress_at >= _PROGRESS_EVERY:
+            self._progress_at = now
+            self._write(lambda: self._flush(older_than=_COMMIT_EVERY))
+            self._write_progress("running")
+        if now - self._saved_at >= _SAVE_EVERY:
+            self._saved_at = now
+            self._save(_SAVE_AFTER)
+
+    def close(self, state: str, **more: Any) -> None:
+        """Commit everything, and say in `job.json` how the job ended.
+
+        Args:
+            state: `done`, `stopped` or `failed`; unfinished images are saved unless it is done.
+            more: kept in `job.json`.
+
+        Raises:
+            StoreError: the rest cannot be written.
+        """
+        try:
+            self._write(self._flush)
+            while self._backlog:
+                self._backlog.popleft().result()
+        finally:  # nothing is being written any more when this returns, even where the store has failed
+            self._writer.shutdown(cancel_futures=True)
+        if state == "done":
+            self._checkpoints.clear()
+        else:
+            self._save(0.0)
+        self._write_progress(state)
+        if self._facts is not None:
+            self._store.write_job(job_file(self._job, self._facts, state, counts=asdict(self.counts), **more))
+
+    def _write(self, action: Callable[[], None]) -> None:
+        while len(self._backlog) >= _BACKLOG:
+            self._backlog.popleft().result()
+        self._backlog.append(self._writer.submit(action))
+
+    def _record(self, ended: Ended) -> None:
+        if isinstance(ended, Failed):
+            image, failure = ended.image, ended.failure
+            self._errors.add([ErrorRow(image.image_id, image.uri, failure.stage, failure.message)])
+        else:
+            assert self._facts is not None
+            self._maps.add(map_rows(self._job, self._facts, ended))
+
+    def _flush(self, older_than: float = 0.0) -> None:
+        for part in (self._maps, self._errors):
+            for image_id in part.flush(older_than):
+                self._checkpoints.delete(image_id)
+
+    def _save(self, after: float) -> None:
+        """Save sums with at least so many seconds of work that are not saved yet."""
+        open_images = list(self._ledger.unfinished())
+        self._saved_seconds = {
+            image.image_id: self._saved_seconds.get(image.image_id, 0.0) for image, _ in open_images
+        }
+        for image, saved in open_images:
+            if saved.seconds - self._saved_seconds[image.image_id] > after:
+                self._checkpoints.write(image.image_id, saved)
+                self._saved_seconds[image.image_id] = saved.seconds
+
+    def _write_progress(self, state: str) -> None:
+        seconds = time.monotonic() - self._began
+        self._store.write_json(
+            "progress.json",
+            {
+                "state": state,
+                "images_done": self.counts.images,
+                "errors": self.counts.errors,
+                "masks_done": self.counts.masks,
+                "masks_per_second": self.counts.masks / seconds if seconds > 0 else 0.0,
+                **self._reporter.outlook(),
+                "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            },
+        )
+
+
+@dataclass
+class _Part:
+    """Rows on their way into numbered files, of which each has maps of one shape."""
+
+    write: Callable[[int, list[Any]], None]
+    number: int
+    waiting: list[Any] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+    since: float = 0.0
+
+    def add(self, rows: list[Any]) -> None:
+        if self.waiting and _shape(self.waiting[0]) != _shape(rows[0]):
+            self._commit()
+        if not self.waiting:
+            self.since = time.monotonic()
+        self.waiting += rows
+        held = len(self.waiting) * 4 * int(np.prod(_shape(rows[0])))
+        if len(self.waiting) >= _ROWS_PER_FILE or held >= _BYTES_PER_FILE:
+            self._commit()
+
+    def flush(self, older_than: float) -> list[str]:
+        """Commit rows that have waited so long; returns the images committed since the last flush."""
+        if self.waiting and time.monotonic() - self.since >= older_than:
+            self._commit()
+        written, self.written = self.written, []
+        return written
+
+    def _commit(self) -> None:
+        self.write(self.number, self.waiting)
+        self.number += 1
+        self.written += {row.image_id: None for row in self.waiting}
+        self.waiting = []
+
+
+def _shape(row: MapRow | ErrorRow) -> tuple[int, ...]:
+    return row.map.shape if isinstance(row, MapRow) else (0,)
+
+
+def map_rows(job: JobSpec, facts: ModelFacts, ended: Finished) -> list[MapRow]:
+    """The rows of one explained image, one per target."""
+    targets = ended.inspection.targets
+    score = np.array([target.score for target in targets])
+    result = explanation(job.explain, [target.index for target in targets], score, ended.total)
+    size = ended.inspection.original_size if job.original_size else ended.inspection.size
+
+    def sized(maps: np.ndarray) -> np.ndarray:
+        return facts.preprocessing.to_original(maps, size) if job.original_size else maps
+
+    return [
+        MapRow(
+            image_id=ended.image.image_id,
+            uri=ended.image.uri,
+            height=size[0],
+            width=size[1],
+            target=target.index,
+            target_name=target.name,
+            target_role=target.role,
+            score=target.score,
+            method=job.explain.method,
+            colors=job.explain.colors,
+            masks=result.masks,
+            relative_error=float(error) if np.isfinite(error) else None,
+            map=sized(result.maps[place]),
+            baseline=sized(result.baseline[place : place + 1])[0],
+            standard_error=sized(result.standard_error[place]) if job.standard_error else None,
+            seconds=ended.seconds,
+            spec_hash=job.explain.hash,
+        )
+        for place, (target, error) in enumerate(zip(targets, result.relative_error, strict=True))
+    ]
+
+
+def job_file(job: JobSpec, facts: ModelFacts | None, state: str, **more: Any) -> dict[str, Any]:
+    """The content of `job.json`."""
+    libraries = ("mcrise-ray", "torch", "torchvision", "ray", "numpy", "pyarrow")
+    return {
+        "state": state,
+        "spec": job.model_dump(mode="json"),
+        "identity": job.identity,
+        "model": facts
+        and {
+            "model": facts.model,
+            "device": facts.device,
+            "classes": facts.classes,
+            "preprocessing": facts.preprocessing.model_dump(mode="json"),
+        },
+        "spec_hash": job.explain.hash,
+        **more,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+    }

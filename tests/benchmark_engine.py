@@ -1,0 +1,119 @@
+"""What the engine costs beside the model, on local Ray: `python tests/benchmark_engine.py [overhead|long]`.
+
+`overhead`: 200 images, two actors, a model that sleeps; total time over that of the bare units.
+`long`: one image of 10^7 masks at 32 x 32, a trivial model, two actors; time, and memory on the way.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import blackboxes
+import numpy as np
+import psutil
+from PIL import Image
+from reporting import Silent
+
+from mcrise_ray.explainer import Subject, run_unit
+from mcrise_ray.jobs import run_job
+from mcrise_ray.jobspec import JobSpec
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.plan import unit
+from mcrise_ray.spec import ExplainSpec
+
+ACTORS = 2
+
+
+class Clock(Silent):
+    """Notes when the model was first built, and the memory of driver and actors from then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = self.looked = 0.0
+        self.memory: list[list[int]] = []
+
+    def note(self, text: str) -> None:
+        if text.startswith("model "):
+            self.began = time.perf_counter()
+        else:
+            print(text)
+
+    def masks_done(self, masks: int) -> None:
+        super().masks_done(masks)
+        if time.perf_counter() - self.looked > 10:
+            self.looked = time.perf_counter()
+            driver = psutil.Process()
+            actors = [child for child in driver.children(recursive=True) if "ray::Worker" in child.name()]
+            self.memory.append([process.memory_info().rss >> 20 for process in (driver, *actors)])
+
+
+def job(root: Path, images: int, size: tuple[int, int], masks: int, seconds: float) -> JobSpec:
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(images):
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"images/{n:03d}.png")
+    return JobSpec(
+        images=(str(root / "images"),),
+        model=ModelSpec(
+            model="blackboxes:slow_means" if seconds else "blackboxes:channel_means",
+            args={"seconds": str(seconds)} if seconds else {},
+            preprocessing={"size": size, "activation": "none"},
+        ),
+        output=str(root / "out"),
+        targets=(0,),
+        explain=ExplainSpec(masks=masks),
+        actors=ACTORS,
+        batch_size=64 if seconds else 256,
+        figures=0,
+    )
+
+
+def overhead(seconds: float, masks: int) -> None:
+    images = 200
+    with tempfile.TemporaryDirectory() as folder:
+        clock = Clock()
+        run_job(job(Path(folder), images, (32, 32), masks, seconds), clock)
+        took = time.perf_counter() - clock.began
+    bare = bare_unit(seconds, masks)
+    all_units = images * masks // 64 * bare / ACTORS
+    print(
+        f"units of {bare * 1e3:.1f} ms: {images} images, {masks // 64} units each, {ACTORS} actors: "
+        f"{took:.1f} s, {all_units:.1f} s of bare units: ratio {took / all_units:.3f}",
+        flush=True,
+    )
+
+
+def bare_unit(seconds: float, masks: int) -> float:
+    """Median seconds of one unit in this process, with nothing around it."""
+    spec = ExplainSpec(masks=masks)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    subject = Subject(blackboxes.slow_means(str(seconds)), image, spec)
+    times = []
+    for _ in range(50):
+        began = time.perf_counter()
+        run_unit(subject, unit(spec, 0), (0,), 64)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+def long(masks: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        clock = Clock()
+        run_job(job(Path(folder), 1, (32, 32), masks, 0.0), clock)
+        took = time.perf_counter() - clock.began
+    print(f"{masks:,} masks at 32 x 32, {ACTORS} actors: {took:.0f} s, {masks / took:,.0f} masks/s")
+    print("resident MiB of driver and actors, every 10 s:", *clock.memory)
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    if "long" in sys.argv[1:]:
+        long(10**7)
+    else:
+        overhead(0.048, 8 * 64)
+        overhead(0.0033, 32 * 64)

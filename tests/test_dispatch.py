@@ -1,0 +1,247 @@
+"""The ledger: what is handed out, in which order, and what counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from mcrise_ray.dispatch import Ledger
+from mcrise_ray.images import ImageRef
+from mcrise_ray.plan import unit
+from mcrise_ray.saliency import Partial
+from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.tasks import (
+    Call,
+    Failed,
+    Failure,
+    Finished,
+    Inspection,
+    InspectTask,
+    Saved,
+    Target,
+    UnitResult,
+    UnitTask,
+)
+
+SPEC = ExplainSpec(masks=192, colors="black")  # three units
+INSPECTION = Inspection((Target(0, None, "predicted", 0.5),), (1, 1), 0.1, (1, 1))
+
+
+def refs(*names: str) -> list[ImageRef]:
+    return [ImageRef(name, name) for name in names]
+
+
+def sums(value: float, masks: int = 64, seconds: float = 10.0) -> UnitResult:
+    one = np.full((1, 1, 1, 1), value)
+    return UnitResult(Partial(masks, 1, one, one[0], one), seconds)
+
+
+def inspect(ledger: Ledger, worker: int = 0) -> ImageRef:
+    """Let a worker begin with an image."""
+    call = ledger.next_call(worker)
+    assert call is not None
+    (task,) = call.tasks
+    assert isinstance(task, InspectTask)
+    assert ledger.returned(call, [INSPECTION]) == []
+    return task.image
+
+
+def unit_call(ledger: Ledger, worker: int = 0) -> Call:
+    call = ledger.next_call(worker)
+    assert call is not None
+    assert all(isinstance(task, UnitTask) for task in call.tasks)
+    return call
+
+
+def places(call: Call) -> list[tuple[str, int]]:
+    return [(task.image.image_id, task.unit.index) for task in call.tasks if isinstance(task, UnitTask)]
+
+
+def test_sums_are_combined_in_index_order_and_each_counts_once() -> None:
+    ledger = Ledger(refs("a"), SPEC, 64)
+    assert not ledger.finished
+    inspect(ledger)
+    calls = [unit_call(ledger) for _ in range(3)]
+    assert ledger.next_call(0) is None
+    values = [1e16, 1.0, -1e16]  # in floating point the order shows
+    assert ledger.returned(calls[2], [sums(values[2])]) == []
+    assert ledger.returned(calls[2], [sums(5.0)]) == []  # twice
+    assert ledger.returned(calls[0], [sums(values[0])]) == []
+    assert ledger.returned(calls[0], [sums(5.0)]) == []
+    (ended,) = ledger.returned(calls[1], [sums(values[1])])
+    assert isinstance(ended, Finished)
+    assert ended.total.raw[0, 0, 0, 0] == (1e16 + 1.0) - 1e16
+    assert ended.total.masks == 192
+    assert ended.seconds == pytest.approx(30.1)
+    assert ledger.finished
+    assert ledger.returned(calls[0], [sums(5.0)]) == []
+
+
+def test_the_rest_of_an_image_that_failed_is_dropped() -> None:
+    ledger = Ledger(refs("a", "b"), SPEC, 64)
+    inspect(ledger)
+    first, second = unit_call(ledger), unit_call(ledger)
+    (failed,) = ledger.returned(first, [Failure("explain", "NaN")])
+    assert isinstance(failed, Failed)
+    assert failed.image.image_id == "a"
+    assert ledger.returned(second, [sums(1.0)]) == []
+    ledger.requeue(second, strike=True)
+    call = ledger.next_call(0)  # not the requeued unit: nobody wants it any more
+    assert call is not None
+    assert ledger.returned(call, [Failure("read", "gone")]) == [Failed(refs("b")[0], Failure("read", "gone"))]
+    assert ledger.next_call(0) is None
+    assert ledger.finished
+
+
+def test_a_worker_stays_with_its_image_and_then_helps_with_the_oldest() -> None:
+    ledger = Ledger(refs("a", "b"), SPEC, 64)
+    assert [inspect(ledger, 0).image_id, inspect(ledger, 1).image_id] == ["a", "b"]
+    assert places(unit_call(ledger, 1)) == [("b", 0)]
+    assert places(unit_call(ledger, 0)) == [("a", 0)]
+    assert places(unit_call(ledger, 1)) == [("b", 1)]
+    assert places(unit_call(ledger, 1)) == [("b", 2)]
+    assert places(unit_call(ledger, 1)) == [("a", 1)]
+    assert places(unit_call(ledger, 2)) == [("a", 2)]
+
+
+def test_the_next_image_is_named_with_the_last_units_and_kept_for_its_worker() -> None:
+    ledger = Ledger(refs("a", "b", "c"), SPEC, 64)
+    inspect(ledger, 0)
+    calls = [unit_call(ledger, 0) for _ in range(3)]
+    assert [call.upcoming and call.upcoming.image_id for call in calls] == [None, None, "b"]
+    assert inspect(ledger, 1).image_id == "c"
+    assert inspect(ledger, 0).image_id == "b"
+
+
+def test_an_image_kept_for_a_worker_that_ends_is_given_to_another() -> None:
+    ledger = Ledger(refs("a", "b"), SPEC, 64)
+    inspect(ledger, 0)
+    calls = [unit_call(ledger, 0) for _ in range(3)]
+    ledger.forget(0)
+    assert not ledger.finished
+    for call in calls:
+        ledger.requeue(call, strike=False)
+    assert [places(unit_call(ledger, 1)) for _ in range(3)] == [[("a", index)] for index in range(3)]
+    assert inspect(ledger, 1).image_id == "b"
+
+
+def test_an_image_whose_worker_ended_comes_before_new_ones() -> None:
+    ledger = Ledger(refs("a", "b", "c"), SPEC, 64)
+    inspect(ledger, 0)
+    inspect(ledger, 1)
+    ledger.forget(0)
+    assert places(unit_call(ledger, 2)) == [("a", 0)]
+    ledger.forget(2)
+    lost = ledger.next_call(3)
+    assert lost is not None
+    assert places(lost) == [("a", 1)]
+
+
+def test_the_inspection_of_a_worker_that_ended_is_done_by_another() -> None:
+    ledger = Ledger(refs("a", "b"), SPEC, 64)
+    call = ledger.next_call(0)
+    assert call is not None
+    assert ledger.next_call(0) is None  # it waits for its inspection
+    ledger.forget(0)
+    ledger.requeue(call, strike=True)
+    assert ledger.attempts(call) == 1
+    again = ledger.next_call(1)
+    assert again == call
+    assert ledger.returned(call, [INSPECTION]) == []
+    assert ledger.attempts(call) == 0
+    assert places(unit_call(ledger, 1)) == [("a", 0)]
+
+
+def test_quick_units_share_a_call_and_slow_ones_do_not() -> None:
+    spec = ExplainSpec(masks=6400, colors="black")
+    ledger = Ledger(refs("a"), spec, 64)
+    inspect(ledger)
+    first = unit_call(ledger)
+    assert len(first.tasks) == 1
+    masks = len(unit(spec, 0))
+    ledger.returned(first, [sums(1.0, masks, seconds=0.011)])
+    assert len(unit_call(ledger).tasks) == 9  # 0.1 s, rounded down
+    slow = unit_call(ledger)
+    for task in slow.tasks:  # the pace of late is what counts
+        ledger.returned(Call((task,), 64), [sums(1.0, masks, seconds=1.0)])
+    assert len(unit_call(ledger).tasks) == 1
+
+
+def test_lost_tasks_come_back_one_by_one_with_half_the_batch_where_asked() -> None:
+    ledger = Ledger(refs("a"), SPEC, 64)
+    inspect(ledger)
+    calls = [unit_call(ledger) for _ in range(3)]
+    both = Call(calls[0].tasks + calls[1].tasks, 64)
+    ledger.requeue(both, strike=True, halve=True)
+    again = [unit_call(ledger) for _ in range(2)]
+    assert [places(call) for call in again] == [[("a", 0)], [("a", 1)]]
+    assert [call.batch_size for call in again] == [32, 32]
+    assert [ledger.attempts(call) for call in again] == [1, 0]
+
+
+def test_giving_up_a_task_fails_its_image_and_keeps_the_others_of_the_call() -> None:
+    ledger = Ledger(refs("a"), SPEC, 64)
+    inspect(ledger)
+    (ended,) = ledger.give_up(unit_call(ledger), Failure("explain", "its actors died"))
+    assert isinstance(ended, Failed)
+    assert ledger.next_call(0) is None
+    assert ledger.finished
+
+
+def test_an_image_goes_on_from_saved_sums() -> None:
+    saved = {"b": Saved(INSPECTION, sums(7.0, 128).partial, 2, 20.0)}
+    ledger = Ledger(refs("b"), SPEC, 64, saved.get)
+    call = unit_call(ledger)
+    assert places(call) == [("b", 2)]
+    assert list(ledger.unfinished()) == [(refs("b")[0], saved["b"])]
+    (ended,) = ledger.returned(call, [sums(1.0)])
+    assert isinstance(ended, Finished)
+    assert (ended.total.raw[0, 0, 0, 0], ended.total.masks, ended.seconds) == (8.0, 192, 30.0)
+
+
+def test_only_sums_without_a_gap_are_saved() -> None:
+    ledger = Ledger(refs("a"), SPEC, 64)
+    inspect(ledger)
+    calls = [unit_call(ledger) for _ in range(3)]
+    assert list(ledger.unfinished()) == []
+    ledger.returned(calls[0], [sums(1.0)])
+    ledger.returned(calls[2], [sums(4.0)])
+    ((image, saved),) = ledger.unfinished()
+    assert (image.image_id, saved.units, saved.total.raw[0, 0, 0, 0]) == ("a", 1, 1.0)
+
+
+def test_an_image_offers_no_more_units_while_too_many_sums_wait_for_a_missing_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mcrise_ray.dispatch._EARLY_BYTES", 0)
+    spec = ExplainSpec(masks=100 * 4096, colors="black")
+    ledger = Ledger(refs("a"), spec, 64)
+    inspect(ledger)
+    missing = unit_call(ledger)
+    given = 0
+    while (call := ledger.next_call(0)) is not None:
+        ledger.returned(call, [sums(1.0, 4096)])
+        given += 1
+    assert given == 9
+    ledger.returned(missing, [sums(1.0, 4096)])
+    assert places(unit_call(ledger)) == [("a", 10)]
+
+
+def test_a_lazy_listing_is_not_drained() -> None:
+    taken: list[int] = []
+
+    def images() -> Iterator[ImageRef]:
+        for n in range(10**9):
+            taken.append(n)
+            yield ImageRef(str(n), str(n))
+
+    ledger = Ledger(images(), SPEC, 64)
+    for worker in range(2):
+        while (call := ledger.next_call(worker)) is not None:
+            if isinstance(call.tasks[0], InspectTask):
+                if len(taken) > 4:
+                    break
+                ledger.returned(call, [INSPECTION])
+    assert len(taken) <= 6

@@ -1,0 +1,324 @@
+"""Jobs that are interrupted, run twice, or run out of disk: nothing is lost, nothing is there twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.fs
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from reporting import Silent
+
+import mcrise_ray as mr
+from mcrise_ray import lease, recorder
+from mcrise_ray.checkpoints import Checkpoints
+from mcrise_ray.errors import StoreError
+from mcrise_ray.jobs import Summary, run_job
+from mcrise_ray.jobspec import JobSpec
+from mcrise_ray.lease import Lease
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.saliency import Partial
+from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.store import Store
+from mcrise_ray.tasks import Inspection, Saved, Target
+
+NAMES = ("a.png", "b.png", "c.png", "d.png")
+SPEC = ExplainSpec(masks=640, grid=(4, 4))  # ten units
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "images"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(root / name)
+    (root / "e.png").write_text("not a picture")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commit and save at every opportunity."""
+    for name in ("_COMMIT_EVERY", "_SAVE_EVERY", "_SAVE_AFTER", "_PROGRESS_EVERY"):
+        monkeypatch.setattr(recorder, name, 0.0)
+    monkeypatch.setattr("mcrise_ray.dispatch._SECONDS_PER_CALL", 0.0)
+
+
+def job(images: Path, output: Path, **changes: Any) -> JobSpec:
+    model = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
+    settings = {"model": model, "explain": SPEC, "actors": 0, "figures": 0, "targets": (0, 3), **changes}
+    return JobSpec(images=(str(images),), output=str(output), **settings)
+
+
+def content(output: Path) -> dict[tuple[str, int], bytes]:
+    """Every map, once; the test fails where one is there twice."""
+    rows = [((row.image_id, row.target), row.map.tobytes()) for row in mr.read_results(str(output))]
+    assert max(Counter(key for key, _ in rows).values(), default=0) <= 1
+    return dict(rows)
+
+
+class Interrupting(Silent):
+    """Raises after some masks, as Ctrl-C does."""
+
+    def __init__(self, after: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        super().__init__()
+        self.after, self.error = after, error
+
+    def masks_done(self, masks: int) -> None:
+        super().masks_done(masks)
+        if self.masks >= self.after:
+            raise self.error
+
+
+def run(spec: JobSpec, reporter: Silent | None = None) -> Summary:
+    return run_job(spec, reporter or Silent())
+
+
+@pytest.fixture
+def undisturbed(folder: Path, tmp_path: Path) -> dict[tuple[str, int], bytes]:
+    run(job(folder, tmp_path / "undisturbed"))
+    maps = content(tmp_path / "undisturbed")
+    assert len(maps) == 8
+    return maps
+
+
+@pytest.mark.parametrize("after", [64, 320, 640, 960, 2000, 2559])
+def test_an_interrupted_job_goes_on_where_it_was(
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes], after: int
+) -> None:
+    spec = job(folder, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Interrupting(after))
+    assert json.loads((tmp_path / "out/job.json").read_text())["state"] == "stopped"
+    reporter = Silent()
+    summary = run(spec, reporter)
+    assert content(tmp_path / "out") == undisturbed
+    assert [row.image_id for row in mr.read_results(str(tmp_path / "out")).errors] == ["e.png"]
+    first = -(-after // 64) * 64
+    assert reporter.masks == 4 * 640 - first  # not one unit is done twice
+    assert (summary.images, summary.errors, summary.rows) == (4, 1, 8)
+    assert list((tmp_path / "out/partial").iterdir()) == []
+    assert json.loads((tmp_path / "out/job.json").read_text())["state"] == "done"
+
+
+def test_a_job_interrupted_again_and_again_ends_with_the_same_bytes(
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes]
+) -> None:
+    spec = job(folder, tmp_path / "out")
+    interruptions = 0
+    while True:
+        try:
+            run(spec, Interrupting(200))
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == 4 * 640 // 256
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_a_bug_in_the_driver_is_recorded_and_does_not_cost_what_was_done(
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes]
+) -> None:
+    spec = job(folder, tmp_path / "out")
+    with pytest.raises(ZeroDivisionError):
+        run(spec, Interrupting(1000, ZeroDivisionError))
+    assert json.loads((tmp_path / "out/job.json").read_text())["state"] == "failed"
+    run(spec)
+    assert content(tmp_path / "out") == undisturbed
+
+
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_resume
+from mcrise_ray import recorder
+for name in ("_COMMIT_EVERY", "_SAVE_EVERY", "_SAVE_AFTER", "_PROGRESS_EVERY"):
+    setattr(recorder, name, 0.0)
+
+class Dying(test_resume.Silent):
+    def masks_done(self, masks):
+        super().masks_done(masks)
+        if self.masks > 900:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+test_resume.run(test_resume.job(Path(sys.argv[2]), Path(sys.argv[3])), Dying())
+"""
+
+
+def test_a_killed_driver_leaves_an_output_that_can_be_gone_on_with(
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes]
+) -> None:
+    arguments = [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(folder), str(tmp_path / "out")]
+    killed = subprocess.run(arguments, check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert json.loads((tmp_path / "out/job.json").read_text())["state"] == "running"
+    (tmp_path / "out/maps").mkdir(exist_ok=True)
+    (tmp_path / "out/maps/part-000000-ffffffff.parquet.tmp-1").write_bytes(b"PAR1 half")
+    summary = run(job(folder, tmp_path / "out"))
+    assert summary.earlier >= 1
+    assert content(tmp_path / "out") == undisturbed
+    assert not list((tmp_path / "out").rglob("*.tmp-*"))
+
+
+def test_a_full_disk_stops_the_job_with_nothing_half_written_and_it_goes_on_later(
+    folder: Path,
+    tmp_path: Path,
+    undisturbed: dict[tuple[str, int], bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = job(folder, tmp_path / "out")
+    replace = os.replace
+    written: list[str] = []
+
+    def full(source: str, target: str) -> None:
+        if written and "maps" in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.extend([str(target)] if "maps" in str(target) else [])
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(StoreError, match=r"cannot write maps/part-.*No space left.*same job again"):
+            run(spec)
+    assert len(written) == 1
+    assert not list((tmp_path / "out").rglob("*.tmp-*"))
+    for file in (tmp_path / "out/maps").iterdir():
+        pyarrow.parquet.read_table(file)
+    run(spec)
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_sums_that_cannot_be_read_are_summed_anew(
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes]
+) -> None:
+    spec = job(folder, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Interrupting(320))
+    (file,) = (tmp_path / "out/partial").iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    reporter = Silent()
+    run(spec, reporter)
+    assert reporter.masks == 4 * 640
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_finished_images_are_committed_while_others_are_in_work(folder: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Looking(Silent):
+        def masks_done(self, masks: int) -> None:
+            super().masks_done(masks)
+            if self.masks == 3 * 640 + 320:
+                until = time.monotonic() + 20
+                while len(mr.read_results(str(tmp_path / "out"))) < 4 and time.monotonic() < until:
+                    time.sleep(0.01)
+                seen.append(len(mr.read_results(str(tmp_path / "out"))))
+                seen.append(json.loads((tmp_path / "out/progress.json").read_text())["images_done"])
+
+    run(job(folder, tmp_path / "out"), Looking())
+    assert seen[0] >= 4
+    assert seen[1] >= 2
+
+
+# One writer.
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(folder: Path, tmp_path: Path) -> None:
+    spec = job(folder, tmp_path / "out")
+    refused: list[str] = []
+
+    class Second(Silent):
+        def masks_done(self, masks: int) -> None:
+            with pytest.raises(StoreError, match=rf"another job .*process {os.getpid()} on .*another --out"):
+                run(spec)
+            refused.append("yes")
+
+    run(spec, Second())
+    assert refused
+    assert len(content(tmp_path / "out")) == 8
+    assert run(spec).earlier == 5
+
+
+class FakeObjectStore(Store):
+    """A local folder that pretends to be no file system."""
+
+    def local_path(self, name: str) -> None:
+        return None
+
+
+def test_on_an_object_store_a_claim_lapses_when_it_is_not_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(lease.time, "time", lambda: now[0])
+    store = FakeObjectStore(str(tmp_path))
+    first = Lease(store)
+    now[0] += 100
+    with pytest.raises(StoreError, match=r"wait for it, or 20 s if it is dead"):
+        Lease(store)
+    first.renew()
+    now[0] += 100
+    with pytest.raises(StoreError, match="another job is writing"):
+        Lease(store)
+    now[0] += 30
+    second = Lease(store)
+    with pytest.raises(StoreError, match=r"lost .* to another job"):
+        first.renew()
+    second.renew()
+    second.release()
+    Lease(store).release()
+
+
+def test_an_interrupted_job_goes_on_on_an_object_store(
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes], s3_server: str
+) -> None:
+    filesystem, _ = pyarrow.fs.FileSystem.from_uri(f"s3://results/?{s3_server}")
+    filesystem.create_dir("results")
+    spec = job(folder, tmp_path).model_copy(update={"output": f"s3://results/out?{s3_server}"})
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Interrupting(1000))
+    reporter = Silent()
+    summary = run(spec, reporter)
+    assert (summary.images, summary.errors, summary.earlier) == (4, 1, 1)
+    assert reporter.masks == 4 * 640 - 1024
+    rows = mr.read_results(spec.output)
+    assert {(row.image_id, row.target): row.map.tobytes() for row in rows} == undisturbed
+    assert len(rows) == 8
+
+
+# Checkpoints.
+
+
+def test_sums_are_kept_to_the_bit(tmp_path: Path, rng: np.random.Generator) -> None:
+    total = Partial(
+        128, 2, rng.normal(size=(2, 5, 3, 4)), rng.normal(size=(2, 3, 4)), rng.random((2, 5, 3, 4))
+    )
+    inspection = Inspection(
+        (Target(3, "käse", "truth", 0.25), Target(1, None, "top2", 1 / 3)), (3, 4), 0.5, (9, 9)
+    )
+    there = Checkpoints(Store(str(tmp_path)))
+    assert there.take("a/b.png") is None
+    there.write("a/b.png", Saved(inspection, total, 2, 12.5))
+    found = Checkpoints(Store(str(tmp_path))).take("a/b.png")
+    assert found is not None
+    assert (found.inspection, found.units, found.seconds) == (inspection, 2, 12.5)
+    assert (found.total.masks, found.total.units) == (128, 2)
+    for name in ("raw", "baseline", "squares"):
+        np.testing.assert_array_equal(getattr(found.total, name), getattr(total, name))
+    there.delete("a/b.png")
+    assert Checkpoints(Store(str(tmp_path))).take("a/b.png") is None
