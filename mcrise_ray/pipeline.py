@@ -1,12 +1,13 @@
 """Masks and their scores, batch after batch, so that a GPU never waits for what the CPU does between batches.
 
-A batch is launched before the scores of the one before it are read: while the GPU works on it, the CPU adds
-up those scores, draws the next masks and queues their blending. On the CPU nothing overlaps, nor is lost.
+A batch is launched before the scores of the one before it are read: while the GPU works on it, the CPU does
+whatever is done with those scores, draws the next masks and queues their blending. On the CPU nothing
+overlaps, nor is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,51 +16,64 @@ from torch import Tensor
 
 from mcrise_ray.masks import Masks, draw
 from mcrise_ray.plan import Unit
-from mcrise_ray.scores import Answer, BlackBox, launch
+from mcrise_ray.scores import Answer, BlackBox, check_targets, launch
 from mcrise_ray.spec import ExplainSpec
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some masks of a unit.
+def score_units(
+    spec: ExplainSpec,
+    blend: Callable[[Masks], Tensor],
+    function: BlackBox,
+    units: Iterable[Unit],
+    targets: Sequence[int],
+    batch_size: int,
+) -> Iterator[tuple[Unit, Float64[np.ndarray, "N L"]]]:
+    """Each unit in turn with its masks' scores for the targets: all that needs the model.
 
-    Attributes:
-        unit: theirs.
-        masks: B of them.
-        last: there are no more in this unit.
+    The order of the calls of `blend` and `function`, and so every bit, is that of the plain loop. The model
+    works on the next unit's first batch by the time that a unit is given out.
+
+    Raises:
+        ModelError, ScoreError: see `mcrise_ray.scores`.
+        TargetError: the model has no such target.
     """
+    columns = list(targets)
+    waiting: _Launched | None = None
+    parts: list[np.ndarray] = []
+    for launched in _launched(spec, blend, function, units, batch_size):
+        if waiting is not None:
+            parts.append(waiting.read(columns))
+            if waiting.last:
+                yield waiting.unit, np.concatenate(parts)
+                parts = []
+        waiting = launched
+    if waiting is not None:
+        parts.append(waiting.read(columns))
+        yield waiting.unit, np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch that the model has been asked for, and whether it is the last one of its unit."""
 
     unit: Unit
-    masks: Masks
     last: bool
+    answer: Answer
+
+    def read(self, columns: list[int]) -> Float64[np.ndarray, "B L"]:
+        scores = self.answer.read()
+        check_targets(columns, scores.shape[1])
+        return scores[:, columns]
 
 
-def scored(
+def _launched(
     spec: ExplainSpec,
     blend: Callable[[Masks], Tensor],
     function: BlackBox,
     units: Iterable[Unit],
     batch_size: int,
-) -> Iterator[tuple[Batch, Float64[np.ndarray, "B C"]]]:
-    """Every batch of the units, in order, with its scores.
-
-    The order of the calls of `blend` and `function`, and so every bit, is that of the plain loop.
-
-    Raises:
-        ModelError, ScoreError: see `mcrise_ray.scores`; one batch later than in the plain loop.
-    """
-    waiting: tuple[Batch, Answer] | None = None
-    for batch in _batches(spec, units, batch_size):
-        answer = launch(function, blend(batch.masks))
-        if waiting is not None:
-            yield waiting[0], waiting[1].read()
-        waiting = batch, answer
-    if waiting is not None:
-        yield waiting[0], waiting[1].read()
-
-
-def _batches(spec: ExplainSpec, units: Iterable[Unit], batch_size: int) -> Iterator[Batch]:
+) -> Iterator[_Launched]:
     for unit in units:
         for start in range(unit.start, unit.stop, batch_size):
             stop = min(start + batch_size, unit.stop)
-            yield Batch(unit, draw(spec, start, stop), stop == unit.stop)
+            yield _Launched(unit, stop == unit.stop, launch(function, blend(draw(spec, start, stop))))

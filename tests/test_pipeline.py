@@ -27,10 +27,11 @@ def black_box(images: Tensor) -> Tensor:
 
 def plain(subject: Subject, unit: Unit, batch_size: int) -> Partial:
     """The loop without a pipeline."""
-    sums = UnitSums(SPEC, 2, subject.size)
+    sums, scores = UnitSums(SPEC, 2, subject.size), []
     for start in range(unit.start, unit.stop, batch_size):
         masks = draw(SPEC, start, min(start + batch_size, unit.stop))
-        sums.accumulate(masks, ask(subject.function, subject.blend(masks))[:, [0, 2]])
+        scores.append(ask(subject.function, subject.blend(masks))[:, [0, 2]])
+    sums.accumulate(draw(SPEC, unit.start, unit.stop), np.concatenate(scores))
     return sums.partial()
 
 
@@ -66,6 +67,15 @@ def test_a_batch_is_launched_before_the_one_before_it_is_read(monkeypatch: pytes
         events.append("partial")
     expected = "launch launch read launch read partial launch read read partial"
     assert events == expected.split()
+
+
+def test_what_the_model_does_not_have_is_told() -> None:
+    with pytest.raises(mr.MCRiseError, match="expected a target from 0 to 2"):
+        list(run_units(Subject(black_box, IMAGE, SPEC), UNITS, [0, 3], 16))
+
+
+def test_no_units_ask_nothing() -> None:
+    assert list(run_units(Subject(black_box, IMAGE, SPEC), [], [0], 16)) == []
 
 
 def test_an_answer_that_is_a_view_of_the_batch_survives_the_next_batch() -> None:
