@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mcrise_ray.arguments import key_value, one_line_errors, pair, triple
+from mcrise_ray.benchcli import bench
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -18,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command()(bench)
 
 Sources = Annotated[
     list[str],
@@ -207,7 +212,7 @@ def demo(
     actors: Annotated[int, typer.Option(min=1, help="Actors that each hold the model.")] = 2,
 ) -> None:
     """Explain the bundled traffic signs with the bundled classifier on local Ray."""
-    with _one_line_errors():
+    with one_line_errors():
         from mcrise_ray import demo as bundled
         from mcrise_ray.jobspec import JobSpec
         from mcrise_ray.loading import ModelSpec
@@ -231,7 +236,7 @@ def demo(
 
 def _run(options: dict[str, Any], address: str | None = None, **settings: Any) -> None:
     """Run the job that the options mean; `settings` are those of its actors."""
-    with _one_line_errors():
+    with one_line_errors():
         from mcrise_ray.errors import SpecError
 
         if options["overwrite"] and options["resume"]:
@@ -246,20 +251,20 @@ def _job_spec(options: dict[str, Any], settings: dict[str, Any]) -> JobSpec:
     from mcrise_ray.spec import ExplainSpec
 
     given = {
-        "size": options["size"] and _pair("--size", options["size"]),
+        "size": options["size"] and pair("--size", options["size"]),
         "resize": options["resize"],
         "shorter_side": options["shorter_side"],
         "interpolation": options["interpolation"],
         "input_range": options["input_range"],
-        "mean": options["mean"] and _triple("--mean", options["mean"]),
-        "std": options["std"] and _triple("--std", options["std"]),
+        "mean": options["mean"] and triple("--mean", options["mean"]),
+        "std": options["std"] and triple("--std", options["std"]),
         "activation": options["activation"],
     }
     model = ModelSpec(
         model=options["model"],
         weights=options["weights"],
         classes=options["classes"],
-        args=dict(_key_value(argument) for argument in options["model_arg"] or ()),
+        args=dict(key_value(argument) for argument in options["model_arg"] or ()),
         preprocessing={name: value for name, value in given.items() if value is not None},
         device=options["device"],
     )
@@ -267,7 +272,7 @@ def _job_spec(options: dict[str, Any], settings: dict[str, Any]) -> JobSpec:
     spec = ExplainSpec(
         method=options["method"],
         masks=options["masks"],
-        grid=_pair("--grid", options["grid"]),
+        grid=pair("--grid", options["grid"]),
         p_mask=options["p_mask"],
         seed=options["seed"],
         **fills,
@@ -334,45 +339,3 @@ def _stopped_by_signals(output: str) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"stopped; what is done is in {output}, and the same command goes on from there", err=True)
         raise typer.Exit(130) from None
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Errors of ours as one line and exit code 2; a bug keeps its traceback."""
-    from mcrise_ray.errors import MCRiseError
-
-    try:
-        yield
-    except MCRiseError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-
-
-def _pair(option: str, text: str) -> tuple[int, int]:
-    from mcrise_ray.errors import SpecError
-
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise SpecError(f"{option}: expected two whole numbers such as 96x96, found {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
-def _triple(option: str, text: str) -> tuple[float, ...]:
-    from mcrise_ray.errors import SpecError
-
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 3:
-        raise SpecError(f"{option}: expected three numbers such as 0.485,0.456,0.406, found {text!r}")
-    return values
-
-
-def _key_value(argument: str) -> tuple[str, str]:
-    from mcrise_ray.errors import SpecError
-
-    key, separator, value = argument.partition("=")
-    if not separator or not key.isidentifier():
-        raise SpecError(f"--model-arg: expected KEY=VALUE, found {argument!r}")
-    return key, value

@@ -5,21 +5,21 @@ Axes: L targets; K fills; M maps of the method (K for MC-RISE, 1 for the two RIS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float64, UInt8
 
-from mcrise_ray import masks as mask_source
 from mcrise_ray.blend import Blender
 from mcrise_ray.errors import ImageError
+from mcrise_ray.pipeline import score_units
 from mcrise_ray.plan import Unit
 from mcrise_ray.reduction import (
     Conclude,
     Explanation,
     Reduction,
-    ScoreUnit,
     SumUnit,
     Work,
     WorkResult,
@@ -61,7 +61,9 @@ class Subject:
         self.size: tuple[int, int] = image.shape[:2]
         self.function = space.function
         self.image = space.normalize(rgb).contiguous()
-        self.blend = Blender(self.image, space.normalize(fills).flatten(1), spec.grid)
+        self.blend = Blender(
+            self.image, space.normalize(fills).flatten(1), spec.grid, channels_last=space.channels_last
+        )
 
     def scores(self) -> Float64[np.ndarray, " C"]:
         """All scores of the unmasked image."""
@@ -88,32 +90,35 @@ def run_unit(
 
     With a fit, those of what its predictions leave of the scores, and the predictions' own part.
     """
-    return residual_unit(
-        subject.spec, subject.size, unit, score_unit(subject, unit, targets, batch_size), fit
-    )
+    ((_, partial),) = perform(subject, [SumUnit(unit, fit)], targets, batch_size)
+    assert isinstance(partial, Partial)
+    return partial
 
 
-def score_unit(
-    subject: Subject, unit: Unit, targets: Sequence[int], batch_size: int
-) -> Float64[np.ndarray, "N L"]:
-    """The scores of one unit's masks: all that needs the model."""
-    columns = list(targets)
-    scores = np.empty((len(unit), len(columns)))
-    for start in range(unit.start, unit.stop, batch_size):
-        masks = mask_source.draw(subject.spec, start, min(start + batch_size, unit.stop))
-        answer = ask(subject.function, subject.blend(masks))
-        check_targets(columns, answer.shape[1])
-        scores[start - unit.start :][: len(masks)] = answer[:, columns]
-    return scores
+def perform(
+    subject: Subject, works: Iterable[Work], targets: Sequence[int], batch_size: int
+) -> Iterator[tuple[Work, WorkResult]]:
+    """Do pieces of work of a `Reduction`, up to the first `Conclude`.
 
+    Each result is the same whatever stands before and after its work; a GPU does not pause in between.
+    """
+    spec, size = subject.spec, subject.size
+    begun: deque[Work] = deque()
 
-def perform(subject: Subject, work: Work, targets: Sequence[int], batch_size: int) -> WorkResult:
-    """Do one piece of work of a `Reduction`."""
-    if isinstance(work, ScoreUnit):
-        return score_unit(subject, work.unit, targets, batch_size)
-    if isinstance(work, SumUnit):
-        return run_unit(subject, work.unit, targets, batch_size, work.fit)
-    return conclude(subject.spec, work)
+    def units() -> Iterator[Unit]:
+        for work in works:
+            begun.append(work)
+            if isinstance(work, Conclude):
+                return
+            yield work.unit
+
+    for unit, scores in score_units(spec, subject.blend, subject.function, units(), targets, batch_size):
+        work = begun.popleft()
+        fit = work.fit if isinstance(work, SumUnit) else None
+        yield work, residual_unit(spec, size, unit, scores, fit) if isinstance(work, SumUnit) else scores
+    for work in begun:
+        assert isinstance(work, Conclude)
+        yield work, conclude(spec, work)
 
 
 def explain(
@@ -147,11 +152,11 @@ def explain(
     scores = subject.scores()
     chosen = _chosen_targets(targets, scores)
     reduction = Reduction(spec, chosen, scores[list(chosen)], subject.size)
-    while (work := reduction.next_work()) is not None:
-        reduction.take(work, perform(subject, work, chosen, batch_size))
-        if on_progress is not None and not isinstance(work, Conclude):
-            on_progress(len(work.unit))
-    assert reduction.explanation is not None
+    while reduction.explanation is None:
+        for work, result in perform(subject, reduction.works(), chosen, batch_size):
+            reduction.take(work, result)
+            if on_progress is not None and not isinstance(work, Conclude):
+                on_progress(len(work.unit))
     return reduction.explanation
 
 

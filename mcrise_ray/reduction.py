@@ -9,7 +9,7 @@ pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -214,6 +214,11 @@ class Reduction:
         chosen = unit(self._spec, self._handed_out)
         self._handed_out += 1
         return ScoreUnit(chosen) if chosen.index < self._pilot else SumUnit(chosen, self._fit)
+
+    def works(self) -> Iterator[Work]:
+        """All the work there is until something has to come back."""
+        while (work := self.next_work()) is not None:
+            yield work
 
     def take(self, work: Work, result: WorkResult) -> None:
         """Take in what a piece of work returned; what is there already is dropped (the once law)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from mcrise_ray.models import Model, ModelFacts, facts, load_model
 from mcrise_ray.reduction import Conclude, conclude
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.targets import choose_targets, parse_targets
-from mcrise_ray.tasks import Call, Done, Failure, Inspection, Outcome, Reply, Task, WorkTask
+from mcrise_ray.tasks import Call, Done, Failure, Inspection, InspectTask, Outcome, Reply, WorkTask
 
 _SUBJECTS_KEPT = 4  # images held ready: those whose units may still come
 
@@ -62,46 +62,53 @@ class Worker:
         return facts(self._model_spec, self._model)
 
     def do(self, call: Call) -> Reply:
-        """The outcomes of a call's tasks, up to the first that met a fault."""
+        """The outcomes of a call's tasks, up to the first that failed or met a fault."""
         if call.upcoming is not None and call.upcoming.problem is None:
             self._read_ahead(call.upcoming)
         outcomes: list[Outcome] = []
-        for task in call.tasks:
-            try:
-                outcomes.append(self._do(task, call.batch_size))
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                self._subjects.clear()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                return Reply(tuple(outcomes), Fault(FaultKind.DEVICE_MEMORY, _one_line(error)))
-            except DeviceError as error:
-                return Reply(tuple(outcomes), Fault(FaultKind.DIED, str(error)))
-            except Exception as error:  # noqa: BLE001 - one image's bug must not end the job
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                text = f"{type(error).__name__}: {_one_line(error)} ({where.filename}:{where.lineno})"
-                return Reply(tuple(outcomes), Fault(FaultKind.BROKEN, text))
+        try:
+            for outcome in self._outcomes(call):
+                outcomes.append(outcome)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self._subjects.clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return Reply(tuple(outcomes), Fault(FaultKind.DEVICE_MEMORY, _one_line(error)))
+        except DeviceError as error:
+            return Reply(tuple(outcomes), Fault(FaultKind.DIED, str(error)))
+        except Exception as error:  # noqa: BLE001 - one image's bug must not end the job
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {_one_line(error)} ({where.filename}:{where.lineno})"
+            return Reply(tuple(outcomes), Fault(FaultKind.BROKEN, text))
         return Reply(tuple(outcomes))
 
-    def _do(self, task: Task, batch_size: int) -> Outcome:
-        if task.image.problem is not None:
-            return Failure("list", task.image.problem)
-        began = time.perf_counter()
-        if isinstance(task, WorkTask) and isinstance(task.work, Conclude):
-            return Done(conclude(self._spec, task.work), time.perf_counter() - began)
+    def _outcomes(self, call: Call) -> Iterator[Outcome]:
+        first = call.tasks[0]
+        if first.image.problem is not None:
+            yield Failure("list", first.image.problem)
+            return
         stage = "read"
         try:
-            subject, original_size = self._subject(task.image)
+            if isinstance(first, WorkTask) and isinstance(first.work, Conclude):
+                began = time.perf_counter()
+                yield Done(conclude(self._spec, first.work), time.perf_counter() - began)
+                return
+            began = time.perf_counter()
+            subject, original_size = self._subject(first.image)
             stage = "explain"
-            if isinstance(task, WorkTask):
-                result = perform(subject, task.work, task.targets, batch_size)
-                return Done(result, time.perf_counter() - began)
-            scores = subject.scores()
-            targets = choose_targets(self._targets, task.image, scores, self._model)
+            if isinstance(first, InspectTask):
+                scores = subject.scores()
+                targets = choose_targets(self._targets, first.image, scores, self._model)
+                yield Inspection(targets, subject.size, time.perf_counter() - began, original_size)
+                return
+            works = [task.work for task in call.tasks if isinstance(task, WorkTask)]
+            for _, result in perform(subject, works, first.targets, call.batch_size):
+                yield Done(result, time.perf_counter() - began)
+                began = time.perf_counter()
         except DeviceError:
             raise
         except MCRiseError as error:
-            return Failure(stage, str(error))
-        return Inspection(targets, subject.size, time.perf_counter() - began, original_size)
+            yield Failure(stage, str(error))
 
     def _subject(self, image: ImageRef) -> tuple[Subject, tuple[int, int]]:
         """An image ready to be masked, and the size it was decoded at."""

@@ -332,8 +332,8 @@ def test_an_image_goes_on_from_what_is_kept_to_the_bit(
     while (work := reduction.next_work()) is not None:
         other = straight.next_work()
         assert other is not None
-        straight.take(other, perform(subject, other, (2, 1), 64))
-        reduction.take(work, perform(subject, work, (2, 1), 64))
+        straight.take(*next(perform(subject, [other], (2, 1), 64)))
+        reduction.take(*next(perform(subject, [work], (2, 1), 64)))
         if reduction.explanation is None and steps % 5 == 0:
             there.write("a/b.png", Saved(inspection, reduction.state(), 12.5))
             found = Checkpoints(Store(str(tmp_path))).take("a/b.png")
