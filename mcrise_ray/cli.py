@@ -95,7 +95,13 @@ Resume = Annotated[
         help="Go on from what the output holds; without it too, where that is of the same job.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Masked images per call of the model.")]
+BatchSize = Annotated[str, typer.Option(help="Masked images per call of the model: auto, or a number.")]
+PrecisionName = Annotated[
+    str,
+    typer.Option(
+        "--precision", help="auto: the fastest way to ask the model that keeps its scores; or float32."
+    ),
+]
 AllowTruncated = Annotated[
     bool, typer.Option("--allow-truncated", help="Decode files that end too early instead of refusing them.")
 ]
@@ -140,7 +146,8 @@ def explain(
     resume: Resume = False,
     allow_truncated: AllowTruncated = False,
     max_pixels: MaxPixels = None,
-    batch_size: BatchSize = 64,
+    precision: PrecisionName = "auto",
+    batch_size: BatchSize = "auto",
     figures: Figures = 100,
     standard_error: StandardError = False,
     original_size: OriginalSize = False,
@@ -177,7 +184,8 @@ def audit(
     resume: Resume = False,
     allow_truncated: AllowTruncated = False,
     max_pixels: MaxPixels = None,
-    batch_size: BatchSize = 64,
+    precision: PrecisionName = "auto",
+    batch_size: BatchSize = "auto",
     figures: Figures = 100,
     standard_error: StandardError = False,
     original_size: OriginalSize = False,
@@ -285,6 +293,7 @@ def _job_spec(options: dict[str, Any], settings: dict[str, Any]) -> JobSpec:
         targets=options["target"],
         decode=DecodeOptions(allow_truncated=options["allow_truncated"], **limit),
         explain=spec,
+        precision=options["precision"],
         batch_size=options["batch_size"],
         standard_error=options["standard_error"],
         original_size=options["original_size"],

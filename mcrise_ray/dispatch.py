@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mcrise_ray.explainer import DEFAULT_BATCH_SIZE
 from mcrise_ray.images import ImageRef
 from mcrise_ray.plan import unit
 from mcrise_ray.reduction import Reduction, State
@@ -61,7 +62,7 @@ class Ledger:
     Args:
         images: listed lazily; little more than one image per worker is in memory at a time.
         spec: decides the units.
-        batch_size: masked images per call of the model.
+        batch_size: masked images per call of the model; may be set once the model is built.
         saved: gives the sums of an image that an earlier run had begun, by its `image_id`.
 
     Attributes:
@@ -72,7 +73,7 @@ class Ledger:
         self,
         images: Iterable[ImageRef],
         spec: ExplainSpec,
-        batch_size: int,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         saved: Callable[[str], Saved | None] = lambda image_id: None,
     ) -> None:
         self.batch_size = batch_size

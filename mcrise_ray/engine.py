@@ -70,8 +70,8 @@ class Executor(Protocol):
 class Sink(Protocol):
     """Where results go, in the order in which they come."""
 
-    def built(self, facts: Any) -> None:
-        """The first actor has built the model."""
+    def built(self, built: Any) -> None:
+        """The first actor has built the model; told before any call is handed out."""
         ...
 
     def ended(self, image: Ended) -> None:

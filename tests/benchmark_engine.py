@@ -70,6 +70,7 @@ def job(root: Path, images: int, size: tuple[int, int], masks: int, seconds: flo
         actors=ACTORS,
         batch_size=64 if seconds else 256,
         figures=0,
+        precision="float32",
     )
 
 

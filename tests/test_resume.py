@@ -43,6 +43,9 @@ SPECS = {  # ten units each
 SPEC = SPECS["control-variate"]
 
 
+PLAIN = {"precision": "float32", "batch_size": 64}  # bits are compared
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     root = tmp_path / "images"
@@ -64,7 +67,15 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def job(images: Path, output: Path, **changes: Any) -> JobSpec:
     model = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
-    settings = {"model": model, "explain": SPEC, "actors": 0, "figures": 0, "targets": (0, 3), **changes}
+    settings = {
+        "model": model,
+        "explain": SPEC,
+        "actors": 0,
+        "figures": 0,
+        "targets": (0, 3),
+        **PLAIN,
+        **changes,
+    }
     return JobSpec(images=(str(images),), output=str(output), **settings)
 
 

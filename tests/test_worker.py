@@ -21,7 +21,7 @@ from mcrise_ray.plan import unit
 from mcrise_ray.reduction import ScoreUnit
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.tasks import Call, Done, Failure, Inspection, InspectTask, WorkTask
-from mcrise_ray.worker import Worker
+from mcrise_ray.worker import Setup, Worker
 
 SPEC = ExplainSpec(masks=192, grid=(4, 4))
 
@@ -44,8 +44,10 @@ def scripted() -> nn.Module:
 @pytest.fixture
 def worker() -> Worker:
     model = ModelSpec(model=f"{__name__}:scripted", preprocessing={"size": (20, 24)}, device="cpu")
-    made = Worker(model, SPEC, (0,), DecodeOptions(), threads=1)
-    made.load()
+    made = Worker(Setup(model, SPEC, (0,), DecodeOptions(), "float32", 64, 1, None, ImageRef("a", "a")))
+    execution = made.load().execution
+    assert (execution.batch_size, execution.threads) == (64, 1)
+    assert execution.precision.is_float32
     return made
 
 
