@@ -44,7 +44,7 @@ def case() -> Case:
 @pytest.mark.parametrize("p_mask", [0.3, 0.5])
 @pytest.mark.parametrize("grid", [(4, 4), (8, 5)])
 def test_published_rise_gives_our_maps_of_the_same_masks(grid: tuple[int, int], p_mask: float) -> None:
-    spec = mr.ExplainSpec(method="rise", masks=250, grid=grid, p_mask=p_mask)
+    spec = mr.ExplainSpec(method="rise", masks=250, grid=grid, p_mask=p_mask, estimator="paper")
     image = torch.from_numpy(IMAGE).permute(2, 0, 1).float() / 255
     theirs = rise_as_published(black_box, image, draw(spec, 0, 250), p_mask)
     ours = mr.explain(black_box, IMAGE, [0, 1], spec)
@@ -117,7 +117,7 @@ def test_xaitk_says_where_memory_ends(case: Case, monkeypatch: pytest.MonkeyPatc
 
 
 def test_variances_are_those_over_seeds(case: Case) -> None:
-    few, many = mr.ExplainSpec(masks=64), mr.ExplainSpec(masks=256)
+    few, many = (mr.ExplainSpec(masks=masks, estimator="paper") for masks in (64, 256))
     assert variance_ratio(case, few, few) == 1
     assert 2 < variance_ratio(case, few, many) < 8
 
@@ -138,7 +138,7 @@ def test_actors_are_measured_through_jobs(case: Case, monkeypatch: pytest.Monkey
 
 def test_memory_is_measured_in_a_process_of_its_own(case: Case) -> None:
     """All masks and masked images of published RISE: N x 4 x H x W numbers of four bytes."""
-    spec = mr.ExplainSpec(method="rise", masks=10_000)
+    spec = mr.ExplainSpec(method="rise", masks=10_000, estimator="paper")
     theirs = memory_beyond_model(case, spec, "rise")
     assert theirs > 10_000 * 4 * 20 * 24 * 4
     assert memory_beyond_model(case, spec, "ours") < theirs / 10
