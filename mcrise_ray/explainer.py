@@ -15,7 +15,7 @@ from jaxtyping import Float32, Float64, UInt8
 from mcrise_ray import masks as mask_source
 from mcrise_ray.blend import Blender
 from mcrise_ray.errors import ImageError
-from mcrise_ray.plan import Unit, enough, looks, pilot_count, unit
+from mcrise_ray.plan import Unit, enough, stages, unit
 from mcrise_ray.saliency import Partial, UnitSums
 from mcrise_ray.scores import BlackBox, ask, check_targets, input_space
 from mcrise_ray.spec import ExplainSpec
@@ -195,26 +195,23 @@ def explain(
     subject = Subject(black_box, image, spec, device=device, dtype=dtype)
     scores = subject.scores()
     chosen = _chosen_targets(targets, scores)
-    told = on_progress if on_progress is not None else lambda masks: None
-    total = Partial.zero(spec, len(chosen), subject.size)
-    kept: list[np.ndarray] = []
-    fit, done = None, 0
-    for look in looks(spec):
-        pilot = pilot_count(spec, look)
-        if pilot > len(kept):
-            for index in range(len(kept), pilot):
-                kept.append(score_unit(subject, unit(spec, index), chosen, batch_size))
-                told(len(unit(spec, index)))
-            fit = fit_scores(spec, subject.size, np.concatenate(kept))
+    tell = on_progress if on_progress is not None else lambda masks: None
+    total, fit = Partial.zero(spec, len(chosen), subject.size), None
+    kept: list[Float64[np.ndarray, "N L"]] = []
+    for stage in stages(spec):
+        for index in stage.score:
+            kept.append(score_unit(subject, unit(spec, index), chosen, batch_size))
+            tell(len(kept[-1]))
+        if stage.score:
             total = Partial.zero(spec, len(chosen), subject.size)
-            for index, unit_scores in enumerate(kept):
-                piece = residual_unit(spec, subject.size, unit(spec, index), unit_scores, fit)
-                total = total.combine(piece)
-            done = pilot
-        for index in range(done, look):
-            total = total.combine(run_unit(subject, unit(spec, index), chosen, batch_size, fit))
-            told(len(unit(spec, index)))
-        done = look
+            fit = fit_scores(spec, subject.size, np.concatenate(kept))
+        for index in stage.resum:
+            part = residual_unit(spec, subject.size, unit(spec, index), kept[index], fit)
+            total = total.combine(part)
+        for index in stage.run:
+            part = run_unit(subject, unit(spec, index), chosen, batch_size, fit)
+            total = total.combine(part)
+            tell(part.masks)
         result = explanation(spec, chosen, scores[list(chosen)], total)
         if enough(spec, result.relative_error):
             break

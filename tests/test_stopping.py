@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mcrise_ray as mr
 from mcrise_ray import errors
-from mcrise_ray.plan import enough, looks, pilot_count, unit, unit_count, unit_size
+from mcrise_ray.plan import enough, looks, pilot_count, stages, unit, unit_count, unit_size
 from mcrise_ray.spec import ExplainSpec
 
 SIZE = (12, 10)
@@ -59,6 +59,24 @@ def test_looks_lie_further_and_further_apart(masks: int, estimator: str) -> None
         assert pilot_count(spec, units) * unit_size(spec) <= 16384
     if len(found) > 1:
         assert unit(spec, found[0] - 1).stop >= 1024
+
+
+@pytest.mark.parametrize("estimator", ["paper", "control-variate"])
+@pytest.mark.parametrize("settings", [{"masks": 100}, {"masks": 50_000}, {"relative_error": 0.1}])
+def test_every_unit_is_scored_once_and_summed_once_since_the_last_fit(
+    estimator: str, settings: dict[str, float]
+) -> None:
+    spec = ExplainSpec(estimator=estimator, **settings)
+    scored: list[int] = []
+    summed: list[int] = []
+    for stage, units in zip(stages(spec), looks(spec), strict=True):
+        if stage.score:
+            summed.clear()
+        scored += [*stage.score, *stage.run]
+        summed += [*stage.resum, *stage.run]
+        assert scored == summed == list(range(units))
+        assert bool(stage.score) <= (estimator == "control-variate")
+    assert units == unit_count(spec)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +131,7 @@ def test_a_relative_error_that_nothing_reaches_is_refused(error: float) -> None:
 @pytest.mark.parametrize("p_mask", [0.1, 0.5])
 def test_intervals_cover_the_exact_map_after_stopping(estimator: str, wanted: float, p_mask: float) -> None:
     covered, missed, used = [], [], set()
-    for seed in range(15):
+    for seed in range(10):
         spec = ExplainSpec(relative_error=wanted, grid=(4, 4), p_mask=p_mask, estimator=estimator, seed=seed)
         exact = exact_maps(spec)
         result = mr.explain(linear, IMAGE, 0, spec, dtype=torch.float64, batch_size=512)
