@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mcrise_ray.spec import ExplainSpec
 
 _UNITS_WANTED = 32  # enough to feed several actors with one image
+_FEWEST_WANTED = 8  # with very many fills, whose sums take longer to send and add
 _MULTIPLE = 64  # whole batches of the usual sizes
 _LARGEST = 4096  # a retried unit should not cost minutes
 _LARGEST_BETWEEN_LOOKS = 512  # where a relative error is asked for: N is a multiple of it
@@ -32,7 +33,7 @@ class Unit:
 
 def unit_size(spec: ExplainSpec) -> int:
     """Masks per unit; the last unit may have fewer."""
-    wanted = -(-spec.masks // _UNITS_WANTED)
+    wanted = -(-spec.masks // max(_FEWEST_WANTED, min(_UNITS_WANTED, 512 // spec.K)))
     largest = _LARGEST if spec.relative_error is None else _LARGEST_BETWEEN_LOOKS
     return min(-(-wanted // _MULTIPLE) * _MULTIPLE, largest)
 
@@ -78,6 +79,34 @@ def looks(spec: ExplainSpec) -> Iterator[int]:
                 yield units
             wanted *= _BETWEEN_LOOKS
     yield last
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is done between one look at the error and the next, in this order, by indices of units.
+
+    Attributes:
+        score: units whose scores are kept. Where there are any, predictions are then fitted to all kept
+            so far, and the sums begin anew.
+        resum: units to be summed from their kept scores.
+        run: units to be scored and summed in one go.
+    """
+
+    score: range
+    resum: range
+    run: range
+
+
+def stages(spec: ExplainSpec) -> Iterator[Stage]:
+    """The course of one image; it ends after a look at which it has `enough`, or with the last stage."""
+    kept = done = 0
+    for units in looks(spec):
+        pilot = pilot_count(spec, units)
+        if pilot > kept:
+            yield Stage(range(kept, pilot), range(pilot), range(pilot, units))
+        else:
+            yield Stage(range(0), range(0), range(done, units))
+        kept, done = pilot, units
 
 
 def enough(spec: ExplainSpec, relative_error: Iterable[float]) -> bool:

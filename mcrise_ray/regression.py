@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float64
 _RATIOS = 10.0 ** np.arange(-3, 2.1, 0.5)  # ridge strengths tried, in units of the mean eigenvalue
 _FEWEST = 8  # samples to fit slopes to
 _CAUTION = 2.0  # standard deviations by which a ridge must beat what it gains on pure noise
+_OUTLIERS = 4.0  # how much more those are where few scores make most of the variance
 _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _STEPS = 12  # of a descent: it has converged in every direction that the ridge leaves visible
 
@@ -56,7 +57,7 @@ def ridge(
 
     Prediction errors are estimated by generalised cross-validation, which knows the samples it fits and no
     others. It is too kind to weak ridges where samples are few, so a ridge must also beat the mean by more
-    than it would on noise, and may spend at most half a degree of freedom per sample.
+    than it would on noise, and may spend at most a quarter of a degree of freedom per sample.
     """
     targets, count = scores.shape[1], basis.count
     flat = np.zeros((targets, features.shape[1])), np.full(targets, np.inf)
@@ -75,9 +76,12 @@ def ridge(
     weight = (basis.values + 2 * strengths[:, None]) / (basis.values + strengths[:, None]) ** 2
     error = np.maximum(energy - weight @ along**2, 0)
     spent = 1 + shrunk.sum(axis=1)
-    luck = 1 + _CAUTION * np.sqrt(2 * (shrunk**2).sum(axis=1)) / count
-    allowed = spent <= count / 2
-    error = error[allowed] * (luck / (1 - spent / count) ** 2)[allowed, None]
+    # On noise a fit removes shrunk.sum() squares of `count`, give or take the root of this.
+    outliers = count * ((left**2 / np.maximum(energy, 1e-300)) ** 2).sum(axis=0)
+    chance = 2 * (shrunk**2).sum(axis=1)[:, None] + _OUTLIERS * np.outer(spent**2 / count, outliers)
+    luck = 1 + _CAUTION * np.sqrt(chance) / count
+    allowed = spent <= count / 4
+    error = (error * luck / (1 - spent[:, None] / count) ** 2)[allowed]
     if not len(error):
         return Line(means, *flat)
     best = error.argmin(axis=0)

@@ -157,7 +157,8 @@ def test_maps_are_linear_in_the_scores(rng: np.random.Generator) -> None:
 @given(cuts=st.lists(st.integers(1, 99), max_size=6, unique=True), batch=st.integers(1, 40))
 @settings(max_examples=25, deadline=None)
 def test_any_partition_gives_the_same_sums(cuts: list[int], batch: int) -> None:
-    spec, image = ExplainSpec(masks=100, grid=(3, 3)), np.full((9, 12, 3), 90, np.uint8)
+    spec = ExplainSpec(masks=100, grid=(3, 3), estimator="paper")
+    image = np.full((9, 12, 3), 90, np.uint8)
     subject = Subject(black_box, image, spec, dtype=torch.float64)
     whole = run_unit(subject, Unit(0, 0, 100), [0, 1], 100)
     total = Partial.zero(spec, 2, subject.size)
