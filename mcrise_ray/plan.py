@@ -81,34 +81,6 @@ def looks(spec: ExplainSpec) -> Iterator[int]:
     yield last
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What is done between one look at the error and the next, in this order, by indices of units.
-
-    Attributes:
-        score: units whose scores are kept. Where there are any, predictions are then fitted to all kept
-            so far, and the sums begin anew.
-        resum: units to be summed from their kept scores.
-        run: units to be scored and summed in one go.
-    """
-
-    score: range
-    resum: range
-    run: range
-
-
-def stages(spec: ExplainSpec) -> Iterator[Stage]:
-    """The course of one image; it ends after a look at which it has `enough`, or with the last stage."""
-    kept = done = 0
-    for units in looks(spec):
-        pilot = pilot_count(spec, units)
-        if pilot > kept:
-            yield Stage(range(kept, pilot), range(pilot), range(pilot, units))
-        else:
-            yield Stage(range(0), range(0), range(done, units))
-        kept, done = pilot, units
-
-
 def enough(spec: ExplainSpec, relative_error: Iterable[float]) -> bool:
     """Whether an image can stop at a look at which its targets have these errors.
 

@@ -284,7 +284,15 @@ def residual_unit(
     """The sums of one unit whose scores are known; no model is asked.
 
     Masks are drawn again rather than kept: it takes microseconds.
+
+    Raises:
+        ValueError: there is a fit for the estimator `"paper"`, or none for the other.
     """
+    if (fit is None) != (spec.estimator == "paper"):
+        raise ValueError(
+            f"expected {'no fit' if fit else 'a fit'} for the estimator {spec.estimator!r}, found "
+            f"{'one' if fit else 'none'}; see `fit_scores`"
+        )
     sums = UnitSums(spec, scores.shape[1], size)
     features = None if fit is None else Features(spec, size, fit.patches)
     for start in range(unit.start, unit.stop, CHUNK):

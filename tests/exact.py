@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mcrise_ray.explainer import Explanation, explanation, residual_unit
 from mcrise_ray.masks import Masks, cell_size, overlap_kernels, sampled, upsampling_tables
 from mcrise_ray.plan import unit, unit_count
+from mcrise_ray.reduction import Explanation, explanation, residual_unit
 from mcrise_ray.saliency import Maps, UnitSums, method_maps
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import fit_scores

@@ -221,12 +221,14 @@ def test_sums_of_a_hundred_million_masks_are_as_good_as_exact(rng: np.random.Gen
     total = Partial.zero(spec, 1, (1, 1))
     unit_sums = rng.random(unit_count(spec)) * 4096
     for value in unit_sums:
-        one = np.full((1, 1, 1, 1), value)
-        total = total.combine(Partial(4096, 1, one, one[0], one))
+        buckets = np.full((1, 1, 1, 1, 1, 1), value)
+        none = np.zeros((1, 0, 1, 0))
+        total = total.combine(Partial(4096, (1, 1), np.array([value]), buckets, none, np.zeros(1), none))
     exact = Fraction(0)
     for value in unit_sums:
         exact += Fraction(float(value))
-    error = abs(Fraction(float(total.raw[0, 0, 0, 0])) - exact)
+    error = abs(Fraction(float(total.buckets.item())) - exact)
+    assert total.scores[0] == total.buckets.item()
     assert error <= exact * len(unit_sums) * Fraction(1, 2**53)
     assert float(error / exact) < 3e-12
 
@@ -239,5 +241,5 @@ def test_the_sums_of_a_unit_are_as_good_as_exact(rng: np.random.Generator) -> No
     exact = sum(
         Fraction(float(score)) for score, cell in zip(scores[:, 0], masks.cells.ravel(), strict=True) if cell
     )
-    found = Fraction(float(sums.partial().raw[0, 0, 0, 0])) / Fraction(1 / spec.p_mask)
+    found = Fraction(float(sums.partial(4096).buckets.item()))
     assert abs(found - exact) <= exact * 4097 * Fraction(1, 2**53)

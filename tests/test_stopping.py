@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 
 import mcrise_ray as mr
 from mcrise_ray import errors
-from mcrise_ray.plan import enough, looks, pilot_count, stages, unit, unit_count, unit_size
+from mcrise_ray.plan import enough, looks, pilot_count, unit, unit_count, unit_size
+from mcrise_ray.reduction import Conclude, Conclusion, Reduction, SumUnit
+from mcrise_ray.saliency import Partial
 from mcrise_ray.spec import ExplainSpec
 
 SIZE = (12, 10)
@@ -67,16 +71,27 @@ def test_every_unit_is_scored_once_and_summed_once_since_the_last_fit(
     estimator: str, settings: dict[str, float]
 ) -> None:
     spec = ExplainSpec(estimator=estimator, **settings)
+    reduction = Reduction(spec, (0,), np.ones(1), (4, 4))
+    zero = Partial.zero(spec, 1, (4, 4))
     scored: list[int] = []
     summed: list[int] = []
-    for stage, units in zip(stages(spec), looks(spec), strict=True):
-        if stage.score:
-            summed.clear()
-        scored += [*stage.score, *stage.run]
-        summed += [*stage.resum, *stage.run]
-        assert scored == summed == list(range(units))
-        assert bool(stage.score) <= (estimator == "control-variate")
-    assert units == unit_count(spec)
+    looked: list[int] = []
+    while reduction.explanation is None:
+        work = reduction.next_work()
+        assert work is not None
+        if isinstance(work, Conclude):
+            if work.scores is not None:
+                summed = list(range(len(work.scores)))
+            looked += [len(summed)] if work.look else []
+            assert work.last == (len(summed) == unit_count(spec)) or not work.look
+            found = SimpleNamespace() if work.look and work.last else None
+            reduction.take(work, Conclusion(found, None, zero))  # type: ignore[arg-type]
+        else:
+            scored.append(work.unit.index)
+            summed += [work.unit.index] if isinstance(work, SumUnit) else []
+            reduction.take(work, zero if isinstance(work, SumUnit) else np.zeros((len(work.unit), 1)))
+    assert scored == summed == list(range(unit_count(spec)))
+    assert looked == list(looks(spec))
 
 
 @pytest.mark.parametrize(

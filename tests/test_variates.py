@@ -14,8 +14,9 @@ from torch import Tensor
 
 import mcrise_ray as mr
 from mcrise_ray import plan
-from mcrise_ray.explainer import Subject, explanation, residual_unit, run_unit, score_unit
+from mcrise_ray.explainer import Subject, perform, run_unit
 from mcrise_ray.masks import draw
+from mcrise_ray.reduction import ScoreUnit, explanation, residual_unit
 from mcrise_ray.saliency import Partial, lattice, method_weights, weight_moments
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import FOLDS, Features, Fit, expectation, fit_scores, patches
@@ -168,7 +169,8 @@ def test_order_of_the_work_changes_no_bit(monkeypatch: pytest.MonkeyPatch, masks
         return Subject(steep, IMAGE, spec)
 
     shuffled = random.Random(1).sample(units[:count], count)
-    scores = {one.index: score_unit(subject(), one, [0], 64) for one in [*shuffled, shuffled[0]]}
+    asked = perform(subject(), [ScoreUnit(one) for one in [*shuffled, shuffled[0]]], [0], 64)
+    scores = {work.unit.index: found for work, found in asked}  # type: ignore[union-attr]
     fit: Fit = pickle.loads(
         pickle.dumps(fit_scores(spec, SMALL, np.concatenate([scores[i] for i in range(count)])))
     )
