@@ -146,7 +146,7 @@ def test_a_relative_error_that_nothing_reaches_is_refused(error: float) -> None:
 @pytest.mark.parametrize("p_mask", [0.1, 0.5])
 def test_intervals_cover_the_exact_map_after_stopping(estimator: str, wanted: float, p_mask: float) -> None:
     covered, missed, used = [], [], set()
-    for seed in range(10):
+    for seed in range(15):
         spec = ExplainSpec(relative_error=wanted, grid=(4, 4), p_mask=p_mask, estimator=estimator, seed=seed)
         exact = exact_maps(spec)
         result = mr.explain(linear, IMAGE, 0, spec, dtype=torch.float64, batch_size=512)
