@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from mcrise_ray import masks as masks
     from mcrise_ray.decode import DecodeOptions as DecodeOptions
     from mcrise_ray.errors import MCRiseError as MCRiseError
-    from mcrise_ray.explainer import Explanation as Explanation
     from mcrise_ray.explainer import explain as explain
     from mcrise_ray.images import ImageSource as ImageSource
     from mcrise_ray.images import read_image as read_image
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from mcrise_ray.models import Model as Model
     from mcrise_ray.models import load_model as load_model
     from mcrise_ray.preprocess import Preprocessing as Preprocessing
+    from mcrise_ray.reduction import Explanation as Explanation
     from mcrise_ray.results import read_results as read_results
     from mcrise_ray.scores import Classifier as Classifier
     from mcrise_ray.spec import ExplainSpec as ExplainSpec
@@ -34,7 +34,7 @@ _HOMES = {
     "Classifier": "scores",
     "DecodeOptions": "decode",
     "ExplainSpec": "spec",
-    "Explanation": "explainer",
+    "Explanation": "reduction",
     "ImageSource": "images",
     "JobSpec": "jobspec",
     "MCRiseError": "errors",

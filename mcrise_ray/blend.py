@@ -2,7 +2,8 @@
 
 The masked image `i'(y, x) = i(y, x) m_0(y, x) + sum_k c_k m_k(y, x)` (paper, section 4.2) needs only two
 low-resolution images: `kept` (1 channel) and `colour` (3 channels), both looked up from the cells, because
-the resize is linear: `i' = i * up(kept) + up(colour)`.
+the resize is linear: `i' = i * up(kept) + up(colour)`. A network that wants its channels last in memory gets
+them so at once: `kept` is then upsampled three times, which costs less than to rearrange the batch.
 
 Axes: B masks of a batch; h, w cells; H, W pixels; K fills.
 """
@@ -10,13 +11,15 @@ Axes: B masks of a batch; h, w cells; H, W pixels; K fills.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mcrise_ray.masks import Masks, upsampling_tables
 
-# Masks blended at a time: few enough that the four upsampled channels stay in a CPU's cache.
-_CHUNK = 16
+# Upsampled channels of the masks that are blended at a time, in bytes: few enough to stay in a CPU's cache. A
+# GPU has no such cache, and is better off with fewer and larger steps.
+_STEP_CPU = 4 * 2**20
+_STEP_GPU = 256 * 2**20
 
 
 class Blender:
@@ -27,41 +30,64 @@ class Blender:
             coverages of a pixel sum to one, so the two commute).
         palette: `(K, 3)` fills in the same space.
         grid: (h, w).
+        channels_last: how the batches lie in memory; their values are the same.
     """
 
     def __init__(
-        self, image: Float[Tensor, "3 H W"], palette: Float[Tensor, "K 3"], grid: tuple[int, int]
+        self,
+        image: Float[Tensor, "3 H W"],
+        palette: Float[Tensor, "K 3"],
+        grid: tuple[int, int],
+        *,
+        channels_last: bool = False,
     ) -> None:
-        self._image = image
         kept = torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=image.dtype, device=image.device)
         self._channels_of_cell = torch.cat([kept, torch.nn.functional.pad(palette, (1, 0))])
         height, width = image.shape[1:]
+        self._size = height, width
         self._rows = torch.tensor(upsampling_tables(grid[0], height)).to(image)
         self._columns = torch.tensor(upsampling_tables(grid[1], width)).to(image).mT.contiguous()
-        self._upsampled = image.new_empty((_CHUNK, 4, height, width))
-        self._batch = image.new_empty((0, 3, height, width))
+        self._channels_last = channels_last
+        # The planes that are upsampled: four channels, or kept and colour with interleaved channels.
+        self._image = image.permute(1, 2, 0).reshape(height, width * 3) if channels_last else image
+        planes = 2 if channels_last else 4
+        plane_bytes = self._image.shape[-2] * self._image.shape[-1] * image.element_size()
+        step = (_STEP_GPU if image.is_cuda else _STEP_CPU) // (planes * plane_bytes)
+        self._upsampled = image.new_empty((max(1, step), planes, *self._image.shape[-2:]))
+        self._batch = image.new_empty((0, planes - 1, *self._image.shape[-2:]))
 
     def __call__(self, masks: Masks) -> Float[Tensor, "B 3 H W"]:
         """The masked images. The buffer is overwritten by the next call: fresh memory would cost more time
         than the blending does.
         """
-        image, device = self._image, self._image.device
-        count, (height, width) = len(masks), self._image.shape[1:]
+        count = len(masks)
         if len(self._batch) < count:
-            self._batch = image.new_empty((count, 3, height, width))
+            self._batch = self._batch.new_empty((count, *self._batch.shape[1:]))
         batch = self._batch[:count]
-        shifts = torch.from_numpy(masks.shifts((height, width))).to(device)
-        cells = torch.from_numpy(masks.cells).to(device, torch.int64)
-        low = self._channels_of_cell[cells].permute(0, 3, 1, 2).contiguous()
-        h, w = low.shape[2:]
-        for start in range(0, count, _CHUNK):
-            part = slice(start, min(start + _CHUNK, count))
-            size = part.stop - part.start
-            wide = torch.bmm(low[part].view(size, 4 * h, w), self._columns[shifts[part, 1]])
-            up = torch.matmul(
-                self._rows[shifts[part, 0]][:, None],
-                wide.view(size, 4, h, width),
-                out=self._upsampled[:size],
-            )
-            torch.addcmul(up[:, 1:], image, up[:, :1], out=batch[part])
+        shifts = _to_device(torch.from_numpy(masks.shifts(self._size)), batch.device)
+        wide = self._widened(_to_device(torch.from_numpy(masks.cells), batch.device).long(), shifts[:, 1])
+        for start in range(0, count, len(self._upsampled)):
+            part = slice(start, min(start + len(self._upsampled), count))
+            rows, buffer = self._rows[shifts[part, 0]], self._upsampled[: part.stop - part.start]
+            up = torch.matmul(rows[:, None], wide[part], out=buffer)
+            torch.addcmul(up[:, 1:], self._image, up[:, :1], out=batch[part])
+        if self._channels_last:
+            return batch.view(count, *self._size, 3).permute(0, 3, 1, 2)
         return batch
+
+    def _widened(
+        self, cells: Int64[Tensor, "B h w"], shifts: Int64[Tensor, " B"]
+    ) -> Float[Tensor, "B planes h width"]:
+        """The low-resolution planes at full width; with interleaved channels, the width is 3 W."""
+        count, h, w = cells.shape
+        low = self._channels_of_cell[cells].permute(0, 3, 1, 2).reshape(count, 4 * h, w)
+        wide = torch.bmm(low, self._columns[shifts]).view(count, 4, h, -1)
+        if not self._channels_last:
+            return wide
+        both = torch.stack([wide[:, :1].expand(-1, 3, -1, -1), wide[:, 1:]], dim=1)
+        return both.permute(0, 1, 3, 4, 2).reshape(count, 2, h, -1)
+
+
+def _to_device(array: Tensor, device: torch.device) -> Tensor:
+    """A copy that a GPU fetches by itself: from memory that is not pinned it would wait for the stream."""
+    return array if device.type == "cpu" else array.pin_memory().to(device, non_blocking=True)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
 
 import numpy as np
 
+from mcrise_ray.reduction import State
 from mcrise_ray.saliency import Partial
 from mcrise_ray.store import Store, file_name
 from mcrise_ray.tasks import Inspection, Saved, Target
+from mcrise_ray.variates import Fit
 
 _FOLDER = "partial"
+Part = TypeVar("Part", Partial, Fit)
 
 
 class Checkpoints:
@@ -40,20 +44,20 @@ class Checkpoints:
         Raises:
             StoreError: they cannot be written.
         """
+        state = saved.state
         header = {
             "inspection": asdict(saved.inspection),
-            "units": saved.units,
             "seconds": saved.seconds,
-            "summed": [saved.total.masks, saved.total.units],
+            "look": state.look,
+            "units": state.units,
+            "scored": [len(scores) for scores in state.scores],
         }
+        arrays = {"scores": np.concatenate(state.scores)} if state.scores else {}
+        for name, part in (("total", state.total), ("fit", state.fit)):
+            for field in fields(part) if part is not None else ():
+                arrays[f"{name}.{field.name}"] = np.asarray(getattr(part, field.name))
         file = io.BytesIO()
-        np.savez(
-            file,
-            header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-            raw=saved.total.raw,
-            baseline=saved.total.baseline,
-            squares=saved.total.squares,
-        )
+        np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
         self._store.write(_path(image_id), file.getvalue())
         self._present.add(_path(image_id))
 
@@ -75,15 +79,28 @@ def _path(image_id: str) -> str:
 
 
 def _parse(content: bytes) -> Saved:
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        header = json.loads(arrays["header"].tobytes())
-        masks, units = header["summed"]
-        total = Partial(masks, units, arrays["raw"], arrays["baseline"], arrays["squares"])
-    stored = header["inspection"]
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        arrays = dict(stored)
+    header = json.loads(arrays["header"].tobytes())
+    about = header["inspection"]
     inspection = Inspection(
-        targets=tuple(Target(**target) for target in stored["targets"]),
-        size=tuple(stored["size"]),
-        seconds=stored["seconds"],
-        original_size=tuple(stored["original_size"]),
+        targets=tuple(Target(**target) for target in about["targets"]),
+        size=tuple(about["size"]),
+        seconds=about["seconds"],
+        original_size=tuple(about["original_size"]),
     )
-    return Saved(inspection, total, header["units"], header["seconds"])
+    scores = np.split(arrays["scores"], np.cumsum(header["scored"])[:-1]) if header["scored"] else []
+    total = _part(Partial, "total", arrays)
+    fit = _part(Fit, "fit", arrays) if "fit.masks" in arrays else None
+    state = State(header["look"], tuple(scores), fit, total, header["units"])
+    return Saved(inspection, state, header["seconds"])
+
+
+def _part(kind: type[Part], name: str, arrays: dict[str, np.ndarray]) -> Part:
+    """A dataclass of arrays, whole numbers and pairs of them."""
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        value = arrays[f"{name}.{field.name}"]
+        is_array = "np.ndarray" in str(field.type)
+        values[field.name] = value if is_array else tuple(value.tolist()) if value.ndim else value.item()
+    return kind(**values)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcrise_ray.cli_jobs import Insecure, cluster_app, job_app, one_line_errors
+from mcrise_ray.arguments import key_value, one_line_errors, pair, triple
+from mcrise_ray.benchcli import bench
+from mcrise_ray.cli_jobs import Insecure, cluster_app, job_app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +25,8 @@ app = typer.Typer(
 )
 app.add_typer(job_app, name="job")
 app.add_typer(cluster_app)
+
+app.command()(bench)
 
 Sources = Annotated[
     list[str],
@@ -95,7 +99,13 @@ Resume = Annotated[
         help="Go on from what the output holds; without it too, where that is of the same job.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Masked images per call of the model.")]
+BatchSize = Annotated[str, typer.Option(help="Masked images per call of the model: auto, or a number.")]
+PrecisionName = Annotated[
+    str,
+    typer.Option(
+        "--precision", help="auto: the fastest way to ask the model that keeps its scores; or float32."
+    ),
+]
 AllowTruncated = Annotated[
     bool, typer.Option("--allow-truncated", help="Decode files that end too early instead of refusing them.")
 ]
@@ -140,7 +150,8 @@ def explain(
     resume: Resume = False,
     allow_truncated: AllowTruncated = False,
     max_pixels: MaxPixels = None,
-    batch_size: BatchSize = 64,
+    precision: PrecisionName = "auto",
+    batch_size: BatchSize = "auto",
     figures: Figures = 100,
     standard_error: StandardError = False,
     original_size: OriginalSize = False,
@@ -177,7 +188,8 @@ def audit(
     resume: Resume = False,
     allow_truncated: AllowTruncated = False,
     max_pixels: MaxPixels = None,
-    batch_size: BatchSize = 64,
+    precision: PrecisionName = "auto",
+    batch_size: BatchSize = "auto",
     figures: Figures = 100,
     standard_error: StandardError = False,
     original_size: OriginalSize = False,
@@ -271,20 +283,20 @@ def _job_spec(options: dict[str, Any], settings: dict[str, Any]) -> JobSpec:
     from mcrise_ray.spec import ExplainSpec
 
     given = {
-        "size": options["size"] and _pair("--size", options["size"]),
+        "size": options["size"] and pair("--size", options["size"]),
         "resize": options["resize"],
         "shorter_side": options["shorter_side"],
         "interpolation": options["interpolation"],
         "input_range": options["input_range"],
-        "mean": options["mean"] and _triple("--mean", options["mean"]),
-        "std": options["std"] and _triple("--std", options["std"]),
+        "mean": options["mean"] and triple("--mean", options["mean"]),
+        "std": options["std"] and triple("--std", options["std"]),
         "activation": options["activation"],
     }
     model = ModelSpec(
         model=options["model"],
         weights=options["weights"],
         classes=options["classes"],
-        args=dict(_key_value(argument) for argument in options["model_arg"] or ()),
+        args=dict(key_value(argument) for argument in options["model_arg"] or ()),
         preprocessing={name: value for name, value in given.items() if value is not None},
         device=options["device"],
     )
@@ -292,7 +304,7 @@ def _job_spec(options: dict[str, Any], settings: dict[str, Any]) -> JobSpec:
     spec = ExplainSpec(
         method=options["method"],
         masks=options["masks"],
-        grid=_pair("--grid", options["grid"]),
+        grid=pair("--grid", options["grid"]),
         p_mask=options["p_mask"],
         seed=options["seed"],
         **fills,
@@ -305,6 +317,7 @@ def _job_spec(options: dict[str, Any], settings: dict[str, Any]) -> JobSpec:
         targets=options["target"],
         decode=DecodeOptions(allow_truncated=options["allow_truncated"], **limit),
         explain=spec,
+        precision=options["precision"],
         batch_size=options["batch_size"],
         standard_error=options["standard_error"],
         original_size=options["original_size"],
@@ -367,33 +380,3 @@ def _stopped_by_signals(output: str) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"stopped; what is done is in {output}, and the same command goes on from there", err=True)
         raise typer.Exit(130) from None
-
-
-def _pair(option: str, text: str) -> tuple[int, int]:
-    from mcrise_ray.errors import SpecError
-
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise SpecError(f"{option}: expected two whole numbers such as 96x96, found {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
-def _triple(option: str, text: str) -> tuple[float, ...]:
-    from mcrise_ray.errors import SpecError
-
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 3:
-        raise SpecError(f"{option}: expected three numbers such as 0.485,0.456,0.406, found {text!r}")
-    return values
-
-
-def _key_value(argument: str) -> tuple[str, str]:
-    from mcrise_ray.errors import SpecError
-
-    key, separator, value = argument.partition("=")
-    if not separator or not key.isidentifier():
-        raise SpecError(f"--model-arg: expected KEY=VALUE, found {argument!r}")
-    return key, value

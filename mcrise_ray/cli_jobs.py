@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mcrise_ray.arguments import one_line_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,18 +37,6 @@ Insecure = Annotated[
 Submission = Annotated[
     str, typer.Argument(metavar="ID|FILE", help="Of a submission, or the job that was submitted.")
 ]
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Errors of ours as one line and exit code 2; a bug keeps its traceback."""
-    from mcrise_ray.errors import MCRiseError
-
-    try:
-        yield
-    except MCRiseError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 @job_app.command()

@@ -29,8 +29,9 @@ from mcrise_ray.engine import Event
 from mcrise_ray.errors import ClusterError, MCRiseError, ModelError
 from mcrise_ray.faults import Fault, FaultKind
 from mcrise_ray.jobspec import JobSpec
+from mcrise_ray.precision import Execution
 from mcrise_ray.tasks import Call
-from mcrise_ray.worker import Worker
+from mcrise_ray.worker import Built, Setup, Worker
 
 _LOOK_AT_CLUSTER_EVERY = 2.0  # seconds
 _KINDS = {
@@ -41,8 +42,16 @@ _KINDS = {
 
 
 @contextmanager
-def connect(job: JobSpec, address: str | None = None) -> Iterator[RayExecutor]:
+def connect(
+    job: JobSpec, setup: Setup, execution: Execution | None, address: str | None = None
+) -> Iterator[RayExecutor]:
     """Ray for one job: a cluster by its address, one that is connected already, or one of our own.
+
+    Args:
+        job: how many actors, with what each.
+        setup: of every actor.
+        execution: how the model is asked; None lets the first actor choose.
+        address: of a cluster.
 
     Raises:
         ClusterError: it cannot be reached, or cannot start.
@@ -51,7 +60,7 @@ def connect(job: JobSpec, address: str | None = None) -> Iterator[RayExecutor]:
         gpus = _gpus(job, float(torch.cuda.device_count()))
         cores = os.cpu_count() or 1
         with local_ray(max(cores, (job.actors or 1) * job.cpus_per_actor)):
-            yield RayExecutor(job, gpus)
+            yield RayExecutor(job, setup, execution, gpus)
         return
     ours = not ray.is_initialized()
     if ours:
@@ -60,7 +69,7 @@ def connect(job: JobSpec, address: str | None = None) -> Iterator[RayExecutor]:
         except (RuntimeError, ValueError, ConnectionError, OSError) as error:
             raise ClusterError(f"cannot connect to Ray at {address}: {error}") from error
     try:
-        yield RayExecutor(job, _gpus(job, ray.cluster_resources().get("GPU", 0.0)))
+        yield RayExecutor(job, setup, execution, _gpus(job, ray.cluster_resources().get("GPU", 0.0)))
     finally:
         if ours:
             ray.shutdown()
@@ -141,13 +150,18 @@ class RayExecutor:
     Futures put what comes back into one queue, so that a turn of the loop costs the same for 2 actors and for
     1,000 (`ray.wait` looks at all its references each time).
 
+    The first actor chooses how the model is asked, unless that is known; the others start meanwhile, and
+    build theirs when it has chosen.
+
     Args:
-        job: what the actors do.
+        job: how many actors, with what each.
+        setup: of every actor.
+        execution: how the model is asked, where that is known.
         gpus: per actor.
     """
 
-    def __init__(self, job: JobSpec, gpus: float) -> None:
-        self._job = job
+    def __init__(self, job: JobSpec, setup: Setup, execution: Execution | None, gpus: float) -> None:
+        self._job, self._setup, self._execution = job, setup, execution
         self._resources = {"CPU": float(job.cpus_per_actor)} | ({"GPU": gpus} if gpus else {})
         self._class = ray.remote(
             num_cpus=job.cpus_per_actor, num_gpus=gpus, max_restarts=0, max_task_retries=0
@@ -155,6 +169,8 @@ class RayExecutor:
         self._handles: dict[int, ActorHandle] = {}
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._wanted, self._looked = 0, -math.inf
+        self._choosing: int | None = None  # the actor that does
+        self._held: list[int] = []  # actors that wait for it
 
     def now(self) -> float:
         """See `Executor`."""
@@ -171,10 +187,9 @@ class RayExecutor:
 
     def start(self, actor: int) -> None:
         """See `Executor`."""
-        job = self._job
-        handle = self._class.remote(job.model, job.explain, job.targets, job.decode, job.cpus_per_actor)
-        self._handles[actor] = handle
-        self._watch(actor, None, handle.load.remote())
+        self._handles[actor] = self._class.remote(self._setup)
+        self._held.append(actor)
+        self._load_held()
 
     def submit(self, actor: int, call: Call) -> None:
         """See `Executor`."""
@@ -183,6 +198,11 @@ class RayExecutor:
     def end(self, actor: int) -> None:
         """See `Executor`."""
         ray.kill(self._handles.pop(actor))
+        if actor in self._held:
+            self._held.remove(actor)
+        if actor == self._choosing:
+            self._choosing = None
+            self._load_held()
 
     def wait(self, seconds: float) -> list[Event]:
         """See `Executor`."""
@@ -192,7 +212,20 @@ class RayExecutor:
             while True:
                 events.append(self._events.get_nowait())
         except Empty:
-            return events
+            pass  # all there are
+        for event in events:
+            if self._execution is None and isinstance(event.outcome, Built):
+                self._execution = event.outcome.execution
+                self._load_held()
+        return events
+
+    def _load_held(self) -> None:
+        """Let actors build their model: one while nothing is chosen, all of them then."""
+        while self._held and (self._execution is not None or self._choosing is None):
+            actor = self._held.pop(0)
+            if self._execution is None:
+                self._choosing = actor
+            self._watch(actor, None, self._handles[actor].load.remote(self._execution))
 
     def shortage(self) -> str:
         """See `Executor`."""

@@ -15,14 +15,18 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
+
+from mcrise_ray.explainer import DEFAULT_BATCH_SIZE
 from mcrise_ray.images import ImageRef
-from mcrise_ray.plan import unit, unit_count
-from mcrise_ray.saliency import Partial
+from mcrise_ray.plan import unit
+from mcrise_ray.reduction import Reduction, State
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.tasks import (
     Call,
+    Done,
     Ended,
     Failed,
     Failure,
@@ -32,8 +36,7 @@ from mcrise_ray.tasks import (
     Outcome,
     Saved,
     Task,
-    UnitResult,
-    UnitTask,
+    WorkTask,
 )
 
 _SECONDS_PER_CALL = 0.1  # quicker units share a call, beside which its cost is small
@@ -46,24 +49,11 @@ _NOBODY = -1
 
 @dataclass
 class _Progress:
-    """One inspected image: units handed out, and sums that wait for those before them."""
+    """One inspected image."""
 
     inspection: Inspection
-    total: Partial
-    handed_out: int = 0
-    combined: int = 0
-    early: dict[int, Partial] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def take(self, index: int, result: UnitResult) -> None:
-        """Add a unit's sums in their turn; those that were counted already are dropped (the once law)."""
-        if index < self.combined or index in self.early:
-            return
-        self.seconds += result.seconds
-        self.early[index] = result.partial
-        while self.combined in self.early:
-            self.total = self.total.combine(self.early.pop(self.combined))
-            self.combined += 1
+    reduction: Reduction
+    seconds: float
 
 
 class Ledger:
@@ -72,7 +62,7 @@ class Ledger:
     Args:
         images: listed lazily; little more than one image per worker is in memory at a time.
         spec: decides the units.
-        batch_size: masked images per call of the model.
+        batch_size: masked images per call of the model; may be set once the model is built.
         saved: gives the sums of an image that an earlier run had begun, by its `image_id`.
 
     Attributes:
@@ -83,13 +73,12 @@ class Ledger:
         self,
         images: Iterable[ImageRef],
         spec: ExplainSpec,
-        batch_size: int,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         saved: Callable[[str], Saved | None] = lambda image_id: None,
     ) -> None:
         self.batch_size = batch_size
         self._images: Iterator[ImageRef] = iter(images)
         self._spec = spec
-        self._units = unit_count(spec)
         self._saved = saved
         self._seconds_per_mask = 0.0
         self._at_work_on: dict[int, ImageRef | None] = {}  # by worker
@@ -136,7 +125,7 @@ class Ledger:
         image = self._at_work_on.get(worker)
         if image is None or image not in self._available:
             return None
-        tasks = self._units_of(image)
+        tasks = self._work_of(image)
         upcoming = None if image in self._available else self._reserve(worker)
         return Call(tasks, self.batch_size, upcoming)
 
@@ -190,11 +179,9 @@ class Ledger:
     def unfinished(self) -> Iterator[tuple[ImageRef, Saved]]:
         """Sums of the images in work, for an interrupted job to go on from."""
         for image, progress in self._open.items():
-            if progress.combined:
-                yield (
-                    image,
-                    Saved(progress.inspection, progress.total, progress.combined, progress.seconds),
-                )
+            state = progress.reduction.state()
+            if not state.is_empty:
+                yield image, Saved(progress.inspection, state, progress.seconds)
 
     def _give_image(self, worker: int) -> InspectTask | None:
         """Let a worker begin with another image: nobody's, the next of the list, or the oldest unfinished."""
@@ -215,9 +202,7 @@ class Ledger:
             self._inspecting[listed] = worker
             self._inspectors.add(worker)
             return InspectTask(listed)
-        self._open[listed] = self._available[listed] = _Progress(
-            saved.inspection, saved.total, saved.units, saved.units, seconds=saved.seconds
-        )
+        self._begin(listed, saved.inspection, saved.seconds, saved.state)
         return None
 
     def _next_listed(self) -> ImageRef | None:
@@ -235,23 +220,40 @@ class Ledger:
             self._reserved[worker] = image
         return self._reserved[worker]
 
-    def _units_of(self, image: ImageRef) -> tuple[UnitTask, ...]:
+    def _begin(
+        self, image: ImageRef, inspection: Inspection, seconds: float, state: State | None = None
+    ) -> None:
+        targets = [target.index for target in inspection.targets]
+        score = np.array([target.score for target in inspection.targets])
+        reduction = Reduction(self._spec, targets, score, inspection.size, state)
+        progress = self._open[image] = self._available[image] = _Progress(inspection, reduction, seconds)
+        self._update_available(image, progress)
+
+    def _work_of(self, image: ImageRef) -> tuple[WorkTask, ...]:
+        """The next units of an image, as many as make a call worth its cost."""
         progress = self._available[image]
         unit_seconds = self.seconds_per_unit
         count = int(_SECONDS_PER_CALL / unit_seconds) if unit_seconds else 1
-        stop = min(progress.handed_out + min(max(count, 1), _UNITS_PER_CALL), self._units)
         targets = tuple(target.index for target in progress.inspection.targets)
-        tasks = tuple(
-            UnitTask(image, targets, unit(self._spec, index)) for index in range(progress.handed_out, stop)
-        )
-        progress.handed_out = stop
+        tasks: list[WorkTask] = []
+        while len(tasks) < min(max(count, 1), _UNITS_PER_CALL) and not progress.reduction.concludes:
+            work = progress.reduction.next_work()
+            if work is None:
+                break
+            tasks.append(WorkTask(image, targets, work))
         self._update_available(image, progress)
-        return tasks
+        return tuple(tasks)
 
     def _update_available(self, image: ImageRef, progress: _Progress) -> None:
         """An image offers units while few of its sums wait for a missing one: those that do take memory."""
-        waiting_limit = max(_EARLY_AT_LEAST, _EARLY_BYTES // progress.total.nbytes)
-        if progress.handed_out == self._units or len(progress.early) > waiting_limit:
+        reduction = progress.reduction
+        if reduction.concludes:  # the rest of the image waits for it, so it goes before everything else
+            targets = tuple(target.index for target in progress.inspection.targets)
+            work = reduction.next_work()
+            assert work is not None
+            self._again.append(Call((WorkTask(image, targets, work),), self.batch_size))
+        waiting_limit = max(_EARLY_AT_LEAST, _EARLY_BYTES // reduction.nbytes)
+        if not reduction.is_ready or reduction.waiting > waiting_limit:
             self._available.pop(image, None)
         elif image not in self._available:
             self._available[image] = progress
@@ -269,11 +271,10 @@ class Ledger:
         if isinstance(outcome, Failure):
             return Failed(image, outcome)
         assert isinstance(outcome, Inspection)
-        zero = Partial.zero(self._spec, len(outcome.targets), outcome.size)
-        self._open[image] = self._available[image] = _Progress(outcome, zero, seconds=outcome.seconds)
+        self._begin(image, outcome, outcome.seconds)
         return None
 
-    def _ran(self, task: UnitTask, outcome: Outcome) -> Ended | None:
+    def _ran(self, task: WorkTask, outcome: Outcome) -> Ended | None:
         image = task.image
         progress = self._open.get(image)
         if progress is None:
@@ -281,17 +282,18 @@ class Ledger:
         if isinstance(outcome, Failure):
             self._close(image)
             return Failed(image, outcome)
-        assert isinstance(outcome, UnitResult)
-        pace = outcome.seconds / len(task.unit)
-        self._seconds_per_mask += (
-            _NEWEST * (pace - self._seconds_per_mask) if self._seconds_per_mask else pace
-        )
-        progress.take(task.unit.index, outcome)
-        if progress.combined < self._units:
+        assert isinstance(outcome, Done)
+        if task.masks:
+            pace = outcome.seconds / task.masks
+            old = self._seconds_per_mask
+            self._seconds_per_mask += _NEWEST * (pace - old) if old else pace
+        progress.seconds += outcome.seconds
+        progress.reduction.take(task.work, outcome.result)
+        if progress.reduction.explanation is None:
             self._update_available(image, progress)
             return None
         self._close(image)
-        return Finished(image, progress.inspection, progress.total, progress.seconds)
+        return Finished(image, progress.inspection, progress.reduction.explanation, progress.seconds)
 
     def _close(self, image: ImageRef) -> None:
         del self._open[image]

@@ -70,8 +70,8 @@ class Executor(Protocol):
 class Sink(Protocol):
     """Where results go, in the order in which they come."""
 
-    def built(self, facts: Any) -> None:
-        """The first actor has built the model."""
+    def built(self, built: Any) -> None:
+        """The first actor has built the model; told before any call is handed out."""
         ...
 
     def ended(self, image: Ended) -> None:
@@ -100,7 +100,8 @@ class Limits:
         max_lost_starts: times in a row that actors, one or several together, ended before they finished
             anything.
         deadline: seconds that any call may take; ten times the slowest pace seen counts where that is longer,
-            and fifteen deadlines until an actor has scored its first masks, which may compile the model.
+            and fifteen deadlines for calls without masks, whose time nothing foretells, and for an actor's
+            first masks, which may compile the model.
         tick: seconds between looks at the clock while nothing comes back.
     """
 
@@ -266,8 +267,9 @@ class Engine:
             self._sink.note(f"waiting for {len(self._actors)} actors to start: {self._executor.shortage()}")
 
     def _deadline(self, actor: _Actor) -> float:
-        floor = self._limits.deadline * (1 if actor.scored else _FIRST)
-        return max(floor, _SLOW * self._slowest * actor.calls[0].masks)
+        masks = actor.calls[0].masks
+        floor = self._limits.deadline * (1 if actor.scored and masks else _FIRST)
+        return max(floor, _SLOW * self._slowest * masks)
 
     def _lose_actor(self, actor: _Actor, fault: Fault) -> None:
         """An actor is gone: its running call is judged, those behind it go back unblamed."""

@@ -5,50 +5,33 @@ Axes: L targets; K fills; M maps of the method (K for MC-RISE, 1 for the two RIS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float64, UInt8
 
-from mcrise_ray import masks as mask_source
 from mcrise_ray.blend import Blender
 from mcrise_ray.errors import ImageError
-from mcrise_ray.plan import Unit, units
-from mcrise_ray.saliency import Partial, UnitSums
+from mcrise_ray.pipeline import score_units
+from mcrise_ray.plan import Unit
+from mcrise_ray.reduction import (
+    Conclude,
+    Explanation,
+    Reduction,
+    SumUnit,
+    Work,
+    WorkResult,
+    conclude,
+    residual_unit,
+)
+from mcrise_ray.saliency import Partial
 from mcrise_ray.scores import BlackBox, ask, check_targets, input_space
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.variates import Fit
 
 DEFAULT_BATCH_SIZE = 64
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The maps of one image.
-
-    Attributes:
-        maps: `(L, M, H, W)`: MC-RISE (eq. 9): change of the score when a pixel takes the fill's colour;
-            debiased RISE (eq. 5): change when it is retained; RISE (eq. 2): mean score where it is retained.
-        raw: `(L, K, H, W)`, mean of `(K / p_mask) m_k f_n`.
-        baseline: `(L, H, W)`, mean of `m_0 / (1 - p_mask) f_n`.
-        standard_error: `(L, M, H, W)`, of each pixel of `maps`; NaN with a single unit of masks.
-        relative_error: `(L,)`, `rms(standard_error) / rms(maps)`.
-        score: `(L,)`, of the unmasked image.
-        targets: the L class indices.
-        masks: the N used.
-        spec: what was asked for.
-    """
-
-    maps: Float32[np.ndarray, "L M H W"]
-    raw: Float32[np.ndarray, "L K H W"]
-    baseline: Float32[np.ndarray, "L H W"]
-    standard_error: Float32[np.ndarray, "L M H W"]
-    relative_error: Float64[np.ndarray, " L"]
-    score: Float64[np.ndarray, " L"]
-    targets: tuple[int, ...]
-    masks: int
-    spec: ExplainSpec
 
 
 class Subject:
@@ -78,7 +61,9 @@ class Subject:
         self.size: tuple[int, int] = image.shape[:2]
         self.function = space.function
         self.image = space.normalize(rgb).contiguous()
-        self.blend = Blender(self.image, space.normalize(fills).flatten(1), spec.grid)
+        self.blend = Blender(
+            self.image, space.normalize(fills).flatten(1), spec.grid, channels_last=space.channels_last
+        )
 
     def scores(self) -> Float64[np.ndarray, " C"]:
         """All scores of the unmasked image."""
@@ -98,16 +83,42 @@ def check_image(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]
     return array if array.flags.writeable else array.copy()
 
 
-def run_unit(subject: Subject, unit: Unit, targets: Sequence[int], batch_size: int) -> Partial:
-    """The sums of one unit (Algorithm 1, lines 2 to 15): a pure function of its arguments."""
-    sums = UnitSums(subject.spec, len(targets), subject.size)
-    columns = list(targets)
-    for start in range(unit.start, unit.stop, batch_size):
-        masks = mask_source.draw(subject.spec, start, min(start + batch_size, unit.stop))
-        scores = ask(subject.function, subject.blend(masks))
-        check_targets(columns, scores.shape[1])
-        sums.accumulate(masks, scores[:, columns])
-    return sums.partial()
+def run_unit(
+    subject: Subject, unit: Unit, targets: Sequence[int], batch_size: int, fit: Fit | None = None
+) -> Partial:
+    """The sums of one unit (Algorithm 1, lines 2 to 15): a pure function of its arguments.
+
+    With a fit, those of what its predictions leave of the scores, and the predictions' own part.
+    """
+    ((_, partial),) = perform(subject, [SumUnit(unit, fit)], targets, batch_size)
+    assert isinstance(partial, Partial)
+    return partial
+
+
+def perform(
+    subject: Subject, works: Iterable[Work], targets: Sequence[int], batch_size: int
+) -> Iterator[tuple[Work, WorkResult]]:
+    """Do pieces of work of a `Reduction`, up to the first `Conclude`.
+
+    Each result is the same whatever stands before and after its work; a GPU does not pause in between.
+    """
+    spec, size = subject.spec, subject.size
+    begun: deque[Work] = deque()
+
+    def units() -> Iterator[Unit]:
+        for work in works:
+            begun.append(work)
+            if isinstance(work, Conclude):
+                return
+            yield work.unit
+
+    for unit, scores in score_units(spec, subject.blend, subject.function, units(), targets, batch_size):
+        work = begun.popleft()
+        fit = work.fit if isinstance(work, SumUnit) else None
+        yield work, residual_unit(spec, size, unit, scores, fit) if isinstance(work, SumUnit) else scores
+    for work in begun:
+        assert isinstance(work, Conclude)
+        yield work, conclude(spec, work)
 
 
 def explain(
@@ -140,30 +151,13 @@ def explain(
     subject = Subject(black_box, image, spec, device=device, dtype=dtype)
     scores = subject.scores()
     chosen = _chosen_targets(targets, scores)
-    total = Partial.zero(spec, len(chosen), subject.size)
-    for unit in units(spec):
-        total = total.combine(run_unit(subject, unit, chosen, batch_size))
-        if on_progress is not None:
-            on_progress(len(unit))
-    return explanation(spec, chosen, scores[list(chosen)], total)
-
-
-def explanation(
-    spec: ExplainSpec, targets: Sequence[int], score: Float64[np.ndarray, " L"], total: Partial
-) -> Explanation:
-    """The finished result of a reduction over all units."""
-    maps = total.finalize(spec)
-    return Explanation(
-        maps=maps.maps.astype(np.float32),
-        raw=maps.raw.astype(np.float32),
-        baseline=maps.baseline.astype(np.float32),
-        standard_error=maps.standard_error.astype(np.float32),
-        relative_error=maps.relative_error,
-        score=score,
-        targets=tuple(targets),
-        masks=total.masks,
-        spec=spec,
-    )
+    reduction = Reduction(spec, chosen, scores[list(chosen)], subject.size)
+    while reduction.explanation is None:
+        for work, result in perform(subject, reduction.works(), chosen, batch_size):
+            reduction.take(work, result)
+            if on_progress is not None and not isinstance(work, Conclude):
+                on_progress(len(work.unit))
+    return reduction.explanation
 
 
 def _chosen_targets(

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 
 from mcrise_ray.errors import ImageError
-from mcrise_ray.explainer import explain
+from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, explain
 from mcrise_ray.files import shown
 from mcrise_ray.images import ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec
@@ -84,7 +84,7 @@ def plan_job(job: JobSpec, *, seconds: float = 20.0) -> Plan:
         complete=complete,
         units=count * unit_count(job.explain),
         masks=count * job.explain.masks,
-        model_calls=count * (1 + _batches(job.explain, job.batch_size)),
+        model_calls=count * (1 + _batches(job.explain, _batch_size(job))),
         rows=targets,
     )
 
@@ -132,18 +132,25 @@ def _probe(job: JobSpec, model: Model, loaded: float, seconds: float) -> Probe:
         raise ImageError(f"cannot read any of the first images: {problem}")
     prepared = model.prepare(image)
 
+    batch_size = _batch_size(job)
+
     def run(masks: int) -> float:
         began = time.perf_counter()
         spec = job.explain.model_copy(update={"masks": masks})
-        explain(model, prepared, spec=spec, batch_size=job.batch_size)
+        explain(model, prepared, spec=spec, batch_size=batch_size)
         return time.perf_counter() - began
 
     # The first batch pays for lazy start-ups; the second tells how many fit into the time.
-    batch = min(job.batch_size, job.explain.masks)
+    batch = min(batch_size, job.explain.masks)
     run(batch)
     masks = batch * max(1, int(seconds / run(batch)))
     size = image.shape[:2] if job.original_size else prepared.shape[:2]
     return Probe(str(model.device), (int(size[0]), int(size[1])), masks / run(masks), loaded)
+
+
+def _batch_size(job: JobSpec) -> int:
+    """What is asked for; where that is yet to be tried, what trials begin with."""
+    return DEFAULT_BATCH_SIZE if job.batch_size == "auto" else job.batch_size
 
 
 def _targets(job: JobSpec, of_manifest: int) -> int:

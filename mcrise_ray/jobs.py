@@ -15,12 +15,13 @@ from mcrise_ray.errors import ImageError, StoreError
 from mcrise_ray.images import ImageRef, ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec, differences
 from mcrise_ray.lease import Lease
+from mcrise_ray.precision import Execution
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.progress import Reporter
 from mcrise_ray.recorder import Recorder
 from mcrise_ray.results import Results, read_results
 from mcrise_ray.store import Committed, MapRow, Store
-from mcrise_ray.worker import InProcess, Worker
+from mcrise_ray.worker import InProcess, Setup, Worker
 
 _COUNTED = 1000  # shorter lists are counted before the start, for the progress bar
 _COUNT_FOR = 0.5  # seconds
@@ -76,8 +77,9 @@ def run_job(
     lease = Lease(store)
     try:
         committed = Committed.nothing() if overwrite else _committed(job, store)
-        left = _first_of(image for image in images if image.image_id not in committed)
-        if left is None:
+        left = (image for image in images if image.image_id not in committed)
+        first = next(left, None)
+        if first is None:
             reporter.note(f"all {len(committed)} images are done already in {job.output}")
             return Summary(
                 len(committed.explained), len(committed.failed), committed.rows, 0, 0.0, len(committed)
@@ -85,13 +87,15 @@ def run_job(
         if len(committed):
             reporter.note(f"going on in {job.output}: {len(committed)} images are done")
         reporter.start(count, job.explain.masks, len(committed))
+        execution = None if overwrite else _execution(store)
+        setup = _setup(job, count, first)
         if job.actors == 0:
-            worker = Worker(job.model, job.explain, job.targets, job.decode)
-            return _run(job, store, lease, committed, left, reporter, InProcess(worker), overwrite)
+            alone = InProcess(Worker(setup), execution)
+            return _run(job, store, lease, committed, chain([first], left), reporter, alone, overwrite)
         from mcrise_ray import cluster
 
-        with cluster.connect(job, address) as executor:
-            return _run(job, store, lease, committed, left, reporter, executor, overwrite)
+        with cluster.connect(job, setup, execution, address) as executor:
+            return _run(job, store, lease, committed, chain([first], left), reporter, executor, overwrite)
     finally:
         lease.release()
 
@@ -109,7 +113,7 @@ def _run(
     """Run the engine, and leave the output in order however that ends."""
     began = time.monotonic()
     checkpoints = Checkpoints(store)
-    ledger = Ledger(images, job.explain, job.batch_size, (lambda _: None) if overwrite else checkpoints.take)
+    ledger = Ledger(images, job.explain, saved=(lambda _: None) if overwrite else checkpoints.take)
     recorder = Recorder(job, store, lease, checkpoints, committed, ledger, reporter, clear=overwrite)
     engine = Engine(ledger, executor, recorder, Limits(max_retries=job.max_retries, deadline=job.deadline))
     tally = engine.tally
@@ -153,10 +157,26 @@ def _committed(job: JobSpec, store: Store) -> Committed:
     return store.committed()
 
 
-def _first_of(images: Iterator[ImageRef]) -> Iterator[ImageRef] | None:
-    """The same images; None where there are none."""
-    first = next(images, None)
-    return None if first is None else chain([first], images)
+def _execution(store: Store) -> Execution | None:
+    """How an earlier run of the job asked its model: resuming keeps to it."""
+    execution = (store.read_json("job.json") or {}).get("execution")
+    return None if execution is None else Execution.model_validate(execution)
+
+
+def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
+    masks = None if images is None else images * job.explain.masks // max(1, job.actors or 1)
+    threads = None if job.actors == 0 else job.cpus_per_actor
+    return Setup(
+        job.model,
+        job.explain,
+        job.targets,
+        job.decode,
+        job.precision,
+        job.batch_size,
+        threads,
+        masks,
+        sample,
+    )
 
 
 def draw_figures(job: JobSpec, on_figure: Callable[[str], None]) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from mcrise_ray.decode import DecodeOptions
-from mcrise_ray.explainer import DEFAULT_BATCH_SIZE
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.targets import TargetChoice
+from mcrise_ray.tuning import PrecisionChoice
 
 _FREE_TO_CHANGE = frozenset({"output", "actors", "gpus_per_actor", "figures", "deadline", "max_retries"})
 
@@ -32,7 +32,9 @@ class JobSpec(StrictModel):
             fit, also while the cluster grows or shrinks.
         cpus_per_actor: cores, and threads of torch, per actor.
         gpus_per_actor: may be a fraction; None takes one where the cluster has any.
-        batch_size: masked images per call of the model.
+        precision: `"auto"` asks the model in the fastest way that keeps its scores, see `mcrise_ray.tuning`;
+            `"float32"` asks it as it is. What was chosen is stored, and kept on resuming.
+        batch_size: masked images per call of the model; `"auto"` tries several.
         standard_error: store the standard error of every pixel too, at the price of twice the space.
         original_size: store maps at the size of each image instead of the model's input: bilinear, NaN where
             a centre crop cut the image off.
@@ -51,7 +53,8 @@ class JobSpec(StrictModel):
     actors: int | None = Field(default=None, ge=0)
     cpus_per_actor: int = Field(default=1, ge=1)
     gpus_per_actor: float | None = Field(default=None, ge=0)
-    batch_size: int = Field(default=DEFAULT_BATCH_SIZE, ge=1)
+    precision: PrecisionChoice = "auto"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     standard_error: bool = False
     original_size: bool = False
     figures: int = Field(default=100, ge=0)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float64, Int64, UInt8, UInt64
+import torch
+from jaxtyping import Float, Float64, Int64, UInt8, UInt64
+from torch import Tensor
 
 from mcrise_ray.spec import ExplainSpec
 
@@ -33,6 +35,10 @@ class Masks:
 
     def __len__(self) -> int:
         return len(self.cells)
+
+    def __getitem__(self, which: slice | np.ndarray) -> Masks:
+        """Some of them."""
+        return Masks(self.cells[which], self.shift_words[which])
 
     def shifts(self, size: tuple[int, int]) -> Int64[np.ndarray, "N 2"]:
         """Shifts (sy, sx) of every mask, uniform in [0, ceil(H/h)) x [0, ceil(W/w))."""
@@ -98,6 +104,33 @@ def overlap_kernels(
     tables = (upsampling_tables(grid[0], size[0]), upsampling_tables(grid[1], size[1]))
     ky, kx = (np.einsum("sac,sbc->ab", table, table) / len(table) for table in tables)
     return ky, kx
+
+
+def sampled(
+    masks: Masks,
+    size: tuple[int, int],
+    rows: Float[Tensor, "sy Y h"],
+    columns: Float[Tensor, "sx X w"],
+    fills: int,
+) -> Float[Tensor, "N Y states X"]:
+    """Shares of each state (0 kept, then the fills) seen through linear functions of the two axes.
+
+    Args:
+        masks: the N masks.
+        size: (H, W) in pixels, which decides their shifts.
+        rows: a few functions of the image's rows (points, or means of patches), one table per shift, as
+            `upsampling_tables(h, H)` multiplied by them from the left.
+        columns: the same for its columns.
+        fills: K; there are K + 1 states.
+    """
+    count, h, w = masks.cells.shape
+    shifts = torch.from_numpy(masks.shifts(size))
+    states = torch.from_numpy(masks.cells).to(torch.int64)[..., None].expand(count, h, w, columns.shape[1])
+    # Adding each cell's columns to its own state costs the same whatever the number of fills.
+    wide = columns.new_zeros((count, h, fills + 1, columns.shape[1]))
+    wide.scatter_add_(2, states, columns[shifts[:, 1]].mT[:, None].expand_as(states))
+    up = torch.bmm(rows[shifts[:, 0]], wide.view(count, h, -1))
+    return up.view(count, rows.shape[1], fills + 1, columns.shape[1])
 
 
 def coverage(

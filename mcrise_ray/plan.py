@@ -1,15 +1,22 @@
-"""Which units exist: a pure function of the spec, never of the cluster (the partition law)."""
+"""Which units exist and when an image has enough of them: pure functions of the spec (and of the errors
+reached), never of the cluster (the partition law).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mcrise_ray.spec import ExplainSpec
 
-_UNITS_WANTED = 32  # enough to estimate a variance between units, and to feed several actors with one image
+_UNITS_WANTED = 32  # enough to feed several actors with one image
+_FEWEST_WANTED = 8  # with very many fills, whose sums take longer to send and add
 _MULTIPLE = 64  # whole batches of the usual sizes
 _LARGEST = 4096  # a retried unit should not cost minutes
+_LARGEST_BETWEEN_LOOKS = 512  # where a relative error is asked for: N is a multiple of it
+_PILOT = 16384  # masks; with more, predictions become no better, and their scores are kept
+_FIRST_LOOK = 1024  # masks
+_BETWEEN_LOOKS = 2**0.5  # ratio of N from one look to the next
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,9 @@ class Unit:
 
 def unit_size(spec: ExplainSpec) -> int:
     """Masks per unit; the last unit may have fewer."""
-    wanted = -(-spec.masks // _UNITS_WANTED)
-    return min(-(-wanted // _MULTIPLE) * _MULTIPLE, _LARGEST)
+    wanted = -(-spec.masks // max(_FEWEST_WANTED, min(_UNITS_WANTED, 512 // spec.K)))
+    largest = _LARGEST if spec.relative_error is None else _LARGEST_BETWEEN_LOOKS
+    return min(-(-wanted // _MULTIPLE) * _MULTIPLE, largest)
 
 
 def unit_count(spec: ExplainSpec) -> int:
@@ -44,3 +52,39 @@ def unit(spec: ExplainSpec, index: int) -> Unit:
 def units(spec: ExplainSpec) -> Iterator[Unit]:
     """All units of one image in index order, lazily: there may be hundreds of thousands."""
     return (unit(spec, index) for index in range(unit_count(spec)))
+
+
+def pilot_count(spec: ExplainSpec, units: int) -> int:
+    """How many of the first so many units the predictions of scores are fitted to.
+
+    Their scores are kept until the fit; those of all later units are predicted by that same fit.
+    """
+    if spec.estimator == "paper":
+        return 0
+    return min(units, _PILOT // unit_size(spec))
+
+
+def looks(spec: ExplainSpec) -> Iterator[int]:
+    """After how many units the error is looked at: the last look is at all of them.
+
+    Looks are few, and further and further apart, so that the error found at the one that ends it is hardly
+    luckier than that of a number of masks fixed in advance.
+    """
+    last = unit_count(spec)
+    if spec.relative_error is not None:
+        wanted, units = float(_FIRST_LOOK), 0
+        while wanted < spec.masks:
+            if (rounded := -(-int(wanted) // unit_size(spec))) not in {units, last}:
+                units = rounded
+                yield units
+            wanted *= _BETWEEN_LOOKS
+    yield last
+
+
+def enough(spec: ExplainSpec, relative_error: Iterable[float]) -> bool:
+    """Whether an image can stop at a look at which its targets have these errors.
+
+    An error that is no number belongs to a map that is zero without error.
+    """
+    wanted = spec.relative_error
+    return wanted is not None and not any(error > wanted for error in relative_error)

@@ -15,13 +15,13 @@ import numpy as np
 
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.dispatch import Ledger
-from mcrise_ray.explainer import explanation
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.lease import Lease
 from mcrise_ray.models import ModelFacts
 from mcrise_ray.progress import Reporter
 from mcrise_ray.store import Committed, ErrorRow, MapRow, Store
 from mcrise_ray.tasks import Ended, Failed, Finished
+from mcrise_ray.worker import Built
 
 _ROWS_PER_FILE = 64
 _BYTES_PER_FILE = 256 * 2**20  # maps at the size of photographs are large
@@ -46,7 +46,7 @@ class Counts:
 class Recorder:
     """Where the engine's results go: implements `engine.Sink`.
 
-    Finalizing and writing happen in a thread of its own, in the order of arrival, so that the loop goes on
+    Rows are made and written in a thread of its own, in the order of arrival, so that the loop goes on
     handing out work meanwhile; what that thread raises is raised by the next call.
 
     Args:
@@ -79,7 +79,7 @@ class Recorder:
         )
         self._job, self._store, self._lease, self._checkpoints = job, store, lease, checkpoints
         self._ledger, self._reporter, self._clear = ledger, reporter, clear
-        self._facts: ModelFacts | None = None
+        self._built: Built | None = None
         self._maps = _Part(store.write_maps, committed.next_part)
         self._errors = _Part(store.write_errors, committed.next_part)
         self._writer = ThreadPoolExecutor(1, "writer")
@@ -87,13 +87,14 @@ class Recorder:
         self._saved_seconds: dict[str, float] = {}
         self._began = self._saved_at = self._progress_at = time.monotonic()
 
-    def built(self, facts: ModelFacts) -> None:
+    def built(self, built: Built) -> None:
         """See `Sink`."""
-        self._facts = facts
-        self._reporter.note(f"model {facts.model} on {facts.device}")
+        self._built = built
+        self._ledger.batch_size = built.execution.batch_size
+        self._reporter.note(f"model {built.facts.model} on {built.facts.device}: {built.execution}")
         if self._clear:
             self._store.clear()
-        self._store.write_job(job_file(self._job, facts, "running"))
+        self._store.write_job(job_file(self._job, built, "running"))
 
     def ended(self, image: Ended) -> None:
         """See `Sink`."""
@@ -151,8 +152,8 @@ class Recorder:
         else:
             self._save(0.0)
         self._write_progress(state)
-        if self._facts is not None:
-            self._store.write_job(job_file(self._job, self._facts, state, counts=asdict(self.counts), **more))
+        if self._built is not None:
+            self._store.write_job(job_file(self._job, self._built, state, counts=asdict(self.counts), **more))
 
     def _write(self, action: Callable[[], None]) -> None:
         while len(self._backlog) >= _BACKLOG:
@@ -164,8 +165,8 @@ class Recorder:
             image, failure = ended.image, ended.failure
             self._errors.add([ErrorRow(image.image_id, image.uri, failure.stage, failure.message)])
         else:
-            assert self._facts is not None
-            self._maps.add(map_rows(self._job, self._facts, ended))
+            assert self._built is not None
+            self._maps.add(map_rows(self._job, self._built.facts, ended))
 
     def _flush(self, older_than: float = 0.0) -> None:
         for part in (self._maps, self._errors):
@@ -239,9 +240,7 @@ def _shape(row: MapRow | ErrorRow) -> tuple[int, ...]:
 
 def map_rows(job: JobSpec, facts: ModelFacts, ended: Finished) -> list[MapRow]:
     """The rows of one explained image, one per target."""
-    targets = ended.inspection.targets
-    score = np.array([target.score for target in targets])
-    result = explanation(job.explain, [target.index for target in targets], score, ended.total)
+    targets, result = ended.inspection.targets, ended.explanation
     size = ended.inspection.original_size if job.original_size else ended.inspection.size
 
     def sized(maps: np.ndarray) -> np.ndarray:
@@ -271,20 +270,21 @@ def map_rows(job: JobSpec, facts: ModelFacts, ended: Finished) -> list[MapRow]:
     ]
 
 
-def job_file(job: JobSpec, facts: ModelFacts | None, state: str, **more: Any) -> dict[str, Any]:
+def job_file(job: JobSpec, built: Built, state: str, **more: Any) -> dict[str, Any]:
     """The content of `job.json`."""
     libraries = ("mcrise-ray", "torch", "torchvision", "ray", "numpy", "pyarrow")
+    facts = built.facts
     return {
         "state": state,
         "spec": job.model_dump(mode="json"),
         "identity": job.identity,
-        "model": facts
-        and {
+        "model": {
             "model": facts.model,
             "device": facts.device,
             "classes": facts.classes,
             "preprocessing": facts.preprocessing.model_dump(mode="json"),
         },
+        "execution": built.execution.model_dump(mode="json"),
         "spec_hash": job.explain.hash,
         **more,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},

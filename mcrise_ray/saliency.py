@@ -1,9 +1,11 @@
 """Scores of masks to saliency maps: zero, accumulate, combine, finalize, in float64.
 
 The sums of equation 9 are linear in the cells, so scores are added into one bucket per shift at low
-resolution (`UnitSums.accumulate`) and upsampled once per unit. `Partial` is what a unit sends home.
+resolution (`UnitSums.accumulate`), combined so, and upsampled once (`Partial.finalize`). `Partial` is what a
+unit sends home.
 
-Axes: L targets; K fills; M maps of the method (K for MC-RISE, 1 for the two RISE methods); H, W pixels.
+Axes: L targets; K fills; M maps of the method (K for MC-RISE, 1 for the two RISE methods); H, W pixels; Y, X
+points of a coarse lattice, or patches.
 """
 
 from __future__ import annotations
@@ -12,52 +14,78 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
 
-from mcrise_ray.masks import Masks, cell_size, upsampling_tables
+from mcrise_ray.masks import Masks, cell_size, overlap_kernels, sampled, upsampling_tables
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.variates import expectation
+
+_MOST_SQUARES = 4096  # sums of squares per target: with more, they would cost more than the masks
 
 
 class UnitSums:
-    """Sums over the masks of one unit, at low resolution; memory does not depend on their number."""
+    """Sums over the masks of one unit, at low resolution; memory does not depend on their number.
+
+    Args:
+        spec: decides the weights of equation 9.
+        targets: L.
+        size: (H, W).
+    """
 
     def __init__(self, spec: ExplainSpec, targets: int, size: tuple[int, int]) -> None:
         self._spec, self._size = spec, size
-        self._masks = 0
         self._score_sum = np.zeros(targets)
         (h, w), (span_y, span_x) = spec.grid, cell_size(spec.grid, size)
-        self._buckets = np.zeros((targets, spec.K * span_y * h * span_x * w))
+        self._buckets = np.zeros((targets, spec.K, span_y, h, span_x, w))
         self._fill_stride = span_y * h * span_x * w
-        # Bucket of (sy, y, sx, x) without the fill and the shift: the axes lie as `partial` multiplies them.
+        # Bucket of (sy, y, sx, x) without the fill and the shift: the axes lie as they are multiplied.
         self._cell_offset = (np.arange(h)[:, None] * span_x * w + np.arange(w)).ravel()
         self._shift_strides = np.array([h * span_x * w, w])
+        points = lattice(spec, size)
+        self._point_rows, self._point_columns = (
+            torch.from_numpy(upsampling_tables(cells, pixels)[:, chosen]).float()
+            for cells, pixels, chosen in zip(spec.grid, size, points, strict=True)
+        )
+        self._squares = np.zeros((targets, len(points[0]), map_count(spec), len(points[1])))
 
     def accumulate(self, masks: Masks, scores: Float64[np.ndarray, "B L"]) -> None:
-        """Add `f_n` to the bucket of every masked cell of mask n (Algorithm 1, lines 14 and 15)."""
+        """Add `f_n`, or what a prediction leaves of it, to the bucket of every masked cell of mask n
+        (Algorithm 1, lines 14 and 15).
+        """
         cells = masks.cells.reshape(len(masks), -1)
         mask, cell = np.nonzero(cells)
         fill = cells[mask, cell].astype(np.int64) - 1
         shift_offset = masks.shifts(self._size) @ self._shift_strides
         bucket = fill * self._fill_stride + self._cell_offset[cell] + shift_offset[mask]
         for target, column in enumerate(scores.T):
-            np.add.at(self._buckets[target], bucket, column[mask])
+            np.add.at(self._buckets[target].reshape(-1), bucket, column[mask])
         self._score_sum += scores.sum(axis=0)
-        self._masks += len(masks)
 
-    def partial(self) -> Partial:
-        """Upsample the buckets: two matrix products for all shifts, fills and targets at once."""
-        (h, w), (height, width) = self._spec.grid, self._size
-        p_mask, K = self._spec.p_mask, self._spec.K
-        rows, columns = (
-            torch.tensor(upsampling_tables(cells, pixels)).transpose(1, 2).reshape(-1, pixels)
-            for cells, pixels in ((h, height), (w, width))
+    def square(self, masks: Masks, scores: Float64[np.ndarray, "B L"]) -> None:
+        """Add the squares of what each mask adds to the maps, at the points of `lattice`."""
+        shares = sampled(masks, self._size, self._point_rows, self._point_columns, self._spec.K)
+        weights = method_weights(self._spec, shares).square_().flatten(1)
+        squares = torch.from_numpy(scores).square().float().T @ weights
+        self._squares += squares.view(self._squares.shape).numpy()
+
+    def partial(
+        self,
+        masks: int,
+        means: Float64[np.ndarray, " L"] | None = None,
+        slopes: Float64[np.ndarray, "L Y K X"] | None = None,
+    ) -> Partial:
+        """The sums over so many masks, with what was predicted of their scores (see `Partial`)."""
+        targets = len(self._score_sum)
+        return Partial(
+            masks,
+            self._size,
+            self._score_sum,
+            self._buckets,
+            self._squares,
+            np.zeros(targets) if means is None else means,
+            np.zeros((targets, 0, self._spec.K, 0)) if slopes is None else slopes,
         )
-        wide = torch.from_numpy(self._buckets).view(-1, len(columns)) @ columns
-        masked = (rows.T @ wide.view(-1, len(rows), width)).view(-1, K, height, width).numpy()
-        kept = self._score_sum[:, None, None] - masked.sum(axis=1)
-        raw, baseline = masked * (K / p_mask), kept / (1 - p_mask)
-        squares = method_maps(self._spec, raw, baseline) ** 2 / self._masks
-        return Partial(self._masks, 1, raw, baseline, squares)
 
 
 @dataclass(frozen=True)
@@ -66,55 +94,91 @@ class Partial:
 
     Attributes:
         masks: number of masks summed.
-        units: number of units summed.
-        raw: `(L, K, H, W)`, `sum_n (K / p_mask) m_k f_n`.
-        baseline: `(L, H, W)`, `sum_n m_0 / (1 - p_mask) f_n`.
-        squares: `(L, M, H, W)`, sum over units of the squared map sum of a unit over its number of masks.
+        size: (H, W) of the maps.
+        scores: `(L,)`, sum of `f_n`, or of what a prediction left of it.
+        buckets: `(L, K, sy, h, sx, w)`, the same sum over the masks of each shift that have the cell masked
+            with fill k.
+        squares: `(L, Y, M, X)`, sum of squares of what each mask adds to a map, at the points of `lattice`.
+        means: `(L,)`, sum of the constants of the linear predictions; zero without predictions.
+        slopes: `(L, Y, K, X)`, sum of their slopes.
     """
 
     masks: int
-    units: int
-    raw: Float64[np.ndarray, "L K H W"]
-    baseline: Float64[np.ndarray, "L H W"]
-    squares: Float64[np.ndarray, "L M H W"]
+    size: tuple[int, int]
+    scores: Float64[np.ndarray, " L"]
+    buckets: Float64[np.ndarray, "L K sy h sx w"]
+    squares: Float64[np.ndarray, "L Y M X"]
+    means: Float64[np.ndarray, " L"]
+    slopes: Float64[np.ndarray, "L PY K PX"]
 
     @property
     def nbytes(self) -> int:
         """Memory that the sums take."""
-        return self.raw.nbytes + self.baseline.nbytes + self.squares.nbytes
+        return self.buckets.nbytes + self.squares.nbytes
 
     @staticmethod
     def zero(spec: ExplainSpec, targets: int, size: tuple[int, int]) -> Partial:
-        """The sums over no units."""
-        maps = spec.K if spec.method == "mc-rise" else 1
-        return Partial(
-            0,
-            0,
-            np.zeros((targets, spec.K, *size)),
-            np.zeros((targets, *size)),
-            np.zeros((targets, maps, *size)),
-        )
+        """The sums over no masks."""
+        return UnitSums(spec, targets, size).partial(0)
 
     def combine(self, other: Partial) -> Partial:
         """The sums over both; floating point makes the order matter, so units are combined by index."""
+        if not self.masks:
+            return other
         return Partial(
             self.masks + other.masks,
-            self.units + other.units,
-            self.raw + other.raw,
-            self.baseline + other.baseline,
+            self.size,
+            self.scores + other.scores,
+            self.buckets + other.buckets,
             self.squares + other.squares,
+            self.means + other.means,
+            self.slopes + other.slopes,
         )
 
     def finalize(self, spec: ExplainSpec) -> Maps:
         """Means and standard errors (eq. 2, 5 or 9, by the method)."""
-        raw, baseline = self.raw / self.masks, self.baseline / self.masks
+        raw, baseline = self._measured(spec)
+        measured = method_maps(spec, raw, baseline)
+        predicted = expectation(spec, self.size, self.slopes) / self.masks
+        kept = self.means[:, None, None] / self.masks - (spec.p_mask / spec.K) * predicted.sum(axis=1)
+        raw, baseline = raw + (predicted + kept[:, None]), baseline + kept
         maps = method_maps(spec, raw, baseline)
         standard_error = np.full_like(maps, np.nan)
-        if self.units > 1:
-            # Between-unit variance of the mean, units weighted by their masks; rounding may leave -1e-20.
-            variance = (self.squares / self.masks - maps**2) / (self.units - 1)
-            standard_error = np.sqrt(np.maximum(variance, 0))
+        if self.masks > 1:
+            # Rounding may leave -1e-20.
+            variance = np.maximum(self._second_moments(spec) - measured**2, 0)
+            standard_error = np.sqrt(variance / (self.masks - 1))
         return Maps(maps, raw, baseline, standard_error, _relative_error(maps, standard_error))
+
+    def _measured(
+        self, spec: ExplainSpec
+    ) -> tuple[Float64[np.ndarray, "L K H W"], Float64[np.ndarray, "L H W"]]:
+        """Mean raw and baseline sums: two matrix products for all shifts, fills and targets at once."""
+        (height, width), K = self.size, spec.K
+        rows, columns = (
+            torch.tensor(upsampling_tables(cells, pixels)).transpose(1, 2).reshape(-1, pixels)
+            for cells, pixels in zip(spec.grid, self.size, strict=True)
+        )
+        wide = torch.from_numpy(self.buckets).view(-1, len(columns)) @ columns
+        masked = (rows.T @ wide.view(-1, len(rows), width)).view(-1, K, height, width).numpy()
+        kept = self.scores[:, None, None] - masked.sum(axis=1)
+        return masked * (K / spec.p_mask) / self.masks, kept / (1 - spec.p_mask) / self.masks
+
+    def _second_moments(self, spec: ExplainSpec) -> Float64[np.ndarray, "L M H W"]:
+        """Mean square of what a mask adds to a map, at every pixel.
+
+        Over the mean square of the weight, which is known exactly, it is an average of squared scores that
+        changes slowly from pixel to pixel, so it is interpolated between the points of the lattice.
+        """
+        points = lattice(spec, self.size)
+        weight = weight_moments(spec, self.size)
+        at_points = self.squares.transpose(0, 2, 1, 3) / self.masks / weight[np.ix_(*points)]
+        rows, columns = (
+            np.stack([np.interp(np.arange(pixels), chosen, one) for one in np.eye(len(chosen))], axis=1)
+            for chosen, pixels in zip(points, self.size, strict=True)
+        )
+        moments: np.ndarray = weight * (rows @ at_points @ columns.T)
+        return moments
 
 
 @dataclass(frozen=True)
@@ -126,6 +190,44 @@ class Maps:
     baseline: Float64[np.ndarray, "L H W"]
     standard_error: Float64[np.ndarray, "L M H W"]
     relative_error: Float64[np.ndarray, " L"]
+
+
+def map_count(spec: ExplainSpec) -> int:
+    """M: one map per fill for MC-RISE, one for the two RISE methods."""
+    return spec.K if spec.method == "mc-rise" else 1
+
+
+def lattice(
+    spec: ExplainSpec, size: tuple[int, int]
+) -> tuple[Int64[np.ndarray, " Y"], Int64[np.ndarray, " X"]]:
+    """Rows and columns of the pixels at which squares are summed: every half cell, or fewer for many maps."""
+    wanted = [min(2 * cells + 1, pixels) for cells, pixels in zip(spec.grid, size, strict=True)]
+    shrink = (_MOST_SQUARES / (spec.K * wanted[0] * wanted[1])) ** 0.5
+    rows, columns = (
+        np.linspace(0, pixels - 1, max(1, int(count * min(1.0, shrink)))).round().astype(np.int64)
+        for count, pixels in zip(wanted, size, strict=True)
+    )
+    return rows, columns
+
+
+def method_weights(spec: ExplainSpec, shares: Float[Tensor, "N Y states X"]) -> Float[Tensor, "N Y M X"]:
+    """What a mask with these shares (0 the kept share, then the fills) multiplies its score with in a map."""
+    kept = shares[:, :, :1] / (1 - spec.p_mask)
+    return kept if spec.method == "rise" else shares[:, :, 1:] * (spec.K / spec.p_mask) - kept
+
+
+def weight_moments(spec: ExplainSpec, size: tuple[int, int]) -> Float64[np.ndarray, "H W"]:
+    """Mean square of `method_weights` at every pixel, over all masks.
+
+    The weights are linear in the cells, which are independent: it is that of a pixel inside one cell, times
+    the share `Ky(y, y) Kx(x, x)` of its variance that interpolation leaves.
+    """
+    ky, kx = overlap_kernels(spec.grid, size)
+    left = np.outer(np.diag(ky), np.diag(kx))
+    if spec.method == "rise":
+        return 1 + left * spec.p_mask / (1 - spec.p_mask)
+    moment: np.ndarray = left * (spec.K / spec.p_mask + 1 / (1 - spec.p_mask))
+    return moment
 
 
 def method_maps(

@@ -37,6 +37,7 @@ class Classifier(nn.Module):
             them as `logits`, as transformers returns.
         mean, std: per channel, in RGB in [0, 1].
         activation: turns the network's output into scores.
+        channels_last: the network is fastest with images whose channels lie last in memory.
     """
 
     def __init__(
@@ -45,15 +46,17 @@ class Classifier(nn.Module):
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
         activation: Activation = "softmax",
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.mean, self.std = tuple(mean), tuple(std)
         self.activation = activation
+        self.channels_last = channels_last
 
     def input_space(self) -> InputSpace:
         """The network's own, normalised space."""
-        return InputSpace(self.score_normalized, device_of(self), self.mean, self.std)
+        return InputSpace(self.score_normalized, device_of(self), self.mean, self.std, self.channels_last)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
         """Scores of RGB images in [0, 1]."""
@@ -85,12 +88,14 @@ class InputSpace:
         function: takes batches in this space.
         device: where it wants them.
         mean, std: from RGB in [0, 1] into this space.
+        channels_last: how it wants them to lie in memory.
     """
 
     function: BlackBox
     device: torch.device
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    channels_last: bool = False
 
     def normalize(self, images: Float[Tensor, "*batch 3 H W"]) -> Float[Tensor, "*batch 3 H W"]:
         """RGB in [0, 1] into this space."""
@@ -122,6 +127,36 @@ def device_of(black_box: BlackBox) -> torch.device:
     return torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Answer:
+    """Scores of a batch that a GPU may still be working on.
+
+    Attributes:
+        scores: `(B, C)` float64 on the CPU, not to be looked at before `arrived`.
+        arrived: None where they are there.
+    """
+
+    scores: Float64[Tensor, "B C"]
+    arrived: torch.cuda.Event | None = None
+
+    def read(self) -> Float64[np.ndarray, "B C"]:
+        """The scores, as soon as they are there.
+
+        Raises:
+            ScoreError: they are not finite.
+        """
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        scores: np.ndarray = self.scores.numpy()
+        if not np.isfinite(scores).all():
+            bad = int((~np.isfinite(scores).all(axis=1)).sum())
+            raise ScoreError(
+                f"expected finite scores, found NaN or infinity for {bad} of {len(scores)} images; "
+                "check the model's weights, normalisation and precision"
+            )
+        return scores
+
+
 def ask(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndarray, "B C"]:
     """All scores of a batch, on the CPU in float64.
 
@@ -130,6 +165,16 @@ def ask(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndar
         ScoreError: its answer is not `(B, C)`, or not finite.
         MemoryError: the batch is too large for the memory, whichever library said so.
         DeviceError: the GPU has failed: this process cannot use it any more.
+    """
+    return launch(function, images).read()
+
+
+def launch(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Answer:
+    """Ask for the scores of a batch without waiting for a GPU; `images` may be overwritten at once.
+
+    Raises:
+        ModelError: the black box raised.
+        ScoreError: its answer is not `(B, C)`.
     """
     try:
         with torch.inference_mode():
@@ -151,15 +196,14 @@ def ask(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndar
         raise ScoreError(
             f"expected scores of shape ({len(images)}, classes) from the model, found {tuple(tensor.shape)}"
         )
+    scores = tensor.detach().double()
+    if scores.is_cuda:
+        # Copied in the order of the GPU's stream, before whatever overwrites the batch later.
+        arriving = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
+        arriving.copy_(scores, non_blocking=True)
+        return Answer(arriving, torch.cuda.current_stream(scores.device).record_event())
     # A copy: the black box may have returned a view of the batch, which the next call overwrites.
-    scores = tensor.detach().double().cpu().numpy().copy()
-    if not np.isfinite(scores).all():
-        bad = int((~np.isfinite(scores).all(axis=1)).sum())
-        raise ScoreError(
-            f"expected finite scores, found NaN or infinity for {bad} of {len(images)} images; "
-            "check the model's weights, normalisation and precision"
-        )
-    return scores
+    return Answer(scores.cpu().clone())
 
 
 def check_targets(targets: Sequence[int], classes: int) -> None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 from mcrise_ray.faults import Fault
 from mcrise_ray.images import ImageRef
-from mcrise_ray.plan import Unit
-from mcrise_ray.saliency import Partial
+from mcrise_ray.reduction import Conclude, Explanation, State, Work, WorkResult
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,10 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class UnitResult:
-    """The sums of one unit and the time they took."""
+class Done:
+    """What a piece of work returned, and the time it took."""
 
-    partial: Partial
+    result: WorkResult
     seconds: float
 
 
@@ -61,16 +60,21 @@ class InspectTask:
 
 
 @dataclass(frozen=True)
-class UnitTask:
-    """Ask a worker for the `UnitResult` of one unit of an inspected image."""
+class WorkTask:
+    """Ask a worker for one piece of work of an inspected image."""
 
     image: ImageRef
     targets: tuple[int, ...]
-    unit: Unit
+    work: Work
+
+    @property
+    def masks(self) -> int:
+        """That it asks the model about."""
+        return 0 if isinstance(self.work, Conclude) else len(self.work.unit)
 
 
-Task = InspectTask | UnitTask
-Outcome = Inspection | UnitResult | Failure
+Task = InspectTask | WorkTask
+Outcome = Inspection | Done | Failure
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Call:
     @property
     def masks(self) -> int:
         """That the tasks will score."""
-        return sum(len(task.unit) for task in self.tasks if isinstance(task, UnitTask))
+        return sum(task.masks for task in self.tasks if isinstance(task, WorkTask))
 
     def split(self, place: int) -> tuple[Call | None, Call | None]:
         """The tasks before a place, and those from there on; None for no tasks."""
@@ -111,11 +115,11 @@ class Reply:
 
 @dataclass(frozen=True)
 class Finished:
-    """An image with all its sums, ready to be finalized and committed."""
+    """An image with its maps, ready to be committed."""
 
     image: ImageRef
     inspection: Inspection
-    total: Partial
+    explanation: Explanation
     seconds: float
 
 
@@ -132,12 +136,8 @@ Ended = Finished | Failed
 
 @dataclass(frozen=True)
 class Saved:
-    """The sums of an image's first `units` units, from which a later run goes on.
-
-    `seconds` were spent on them and on the inspection.
-    """
+    """How far an image is, from where a later run goes on; `seconds` were spent on it."""
 
     inspection: Inspection
-    total: Partial
-    units: int
+    state: State
     seconds: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +15,50 @@ import torch
 
 from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.engine import Event
-from mcrise_ray.errors import DeviceError, MCRiseError
-from mcrise_ray.explainer import Subject, run_unit
+from mcrise_ray.errors import DeviceError, ImageError, MCRiseError
+from mcrise_ray.explainer import Subject, perform
 from mcrise_ray.faults import Fault, FaultKind
 from mcrise_ray.images import ImageRef, read_image
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.models import Model, ModelFacts, facts, load_model
+from mcrise_ray.precision import Execution, apply
+from mcrise_ray.reduction import Conclude, conclude
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.targets import choose_targets, parse_targets
-from mcrise_ray.tasks import Call, Failure, Inspection, Outcome, Reply, Task, UnitResult, UnitTask
+from mcrise_ray.tasks import Call, Done, Failure, Inspection, InspectTask, Outcome, Reply, WorkTask
+from mcrise_ray.tuning import BatchSizeChoice, PrecisionChoice, settle
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every worker of a job is given.
+
+    Attributes:
+        model, spec, targets, decode: see `JobSpec`.
+        precision, batch_size: what to choose where `execution` is not known yet.
+        threads: of torch; None for its own choice.
+        masks: how many one worker will score, where that is known.
+        sample: an image of the job, to choose by.
+    """
+
+    model: ModelSpec
+    spec: ExplainSpec
+    targets: tuple[int | str, ...]
+    decode: DecodeOptions
+    precision: PrecisionChoice
+    batch_size: BatchSizeChoice
+    threads: int | None
+    masks: int | None
+    sample: ImageRef
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that is ready: what it is, and how it is asked."""
+
+    facts: ModelFacts
+    execution: Execution
+
 
 _SUBJECTS_KEPT = 4  # images held ready: those whose units may still come
 
@@ -34,71 +69,98 @@ class Worker:
     Errors of one image come back as a `Failure`, anything else as a `Fault` of the call.
     """
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        spec: ExplainSpec,
-        targets: str | Sequence[int | str],
-        decode: DecodeOptions,
-        threads: int | None = None,
-    ) -> None:
-        self._model_spec, self._spec = model, spec
-        self._targets = parse_targets(targets)
-        self._decode, self._threads = decode, threads
+    def __init__(self, setup: Setup) -> None:
+        self._setup, self._spec = setup, setup.spec
+        self._targets = parse_targets(setup.targets)
+        self._decode = setup.decode
         self._reader = ThreadPoolExecutor(1, "reader")
         self._ahead: dict[ImageRef, Future[np.ndarray]] = {}
+        self._model: Model
         self._subjects: dict[ImageRef, tuple[Subject, tuple[int, int]]] = {}
 
-    def load(self) -> ModelFacts:
-        """Build the model, and say what it is; not in the constructor, whose errors Ray turns into text.
+    def load(self, execution: Execution | None = None) -> Built:
+        """Build the model; not in the constructor, whose errors Ray turns into text.
+
+        Args:
+            execution: how the job asks its model; None chooses, which one worker of a job does.
 
         Raises:
-            ModelError: it cannot be built.
+            ModelError: it cannot be built, or not be asked so.
         """
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-        self._model: Model = load_model(self._model_spec)
-        return facts(self._model_spec, self._model)
+        setup = self._setup
+        if setup.threads is not None:
+            torch.set_num_threads(setup.threads)
+        model = load_model(setup.model)
+        known = facts(setup.model, model)
+        if execution is None:
+            settled = settle(
+                model,
+                self._spec,
+                self._sample(),
+                precision=setup.precision,
+                batch_size=setup.batch_size,
+                masks=setup.masks,
+            )
+            self._model, execution = settled.model, settled.execution
+        else:
+            self._model = apply(model, execution)
+        return Built(known, execution)
+
+    def _sample(self) -> np.ndarray | None:
+        """The job's sample image; None where it cannot be read, which its own turn will tell."""
+        try:
+            return None if self._setup.sample.problem else read_image(self._setup.sample.uri, self._decode)
+        except ImageError:
+            return None
 
     def do(self, call: Call) -> Reply:
-        """The outcomes of a call's tasks, up to the first that met a fault."""
+        """The outcomes of a call's tasks, up to the first that failed or met a fault."""
         if call.upcoming is not None and call.upcoming.problem is None:
             self._read_ahead(call.upcoming)
         outcomes: list[Outcome] = []
-        for task in call.tasks:
-            try:
-                outcomes.append(self._do(task, call.batch_size))
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                self._subjects.clear()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                return Reply(tuple(outcomes), Fault(FaultKind.DEVICE_MEMORY, _one_line(error)))
-            except DeviceError as error:
-                return Reply(tuple(outcomes), Fault(FaultKind.DIED, str(error)))
-            except Exception as error:  # noqa: BLE001 - one image's bug must not end the job
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                text = f"{type(error).__name__}: {_one_line(error)} ({where.filename}:{where.lineno})"
-                return Reply(tuple(outcomes), Fault(FaultKind.BROKEN, text))
+        try:
+            for outcome in self._outcomes(call):
+                outcomes.append(outcome)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self._subjects.clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return Reply(tuple(outcomes), Fault(FaultKind.DEVICE_MEMORY, _one_line(error)))
+        except DeviceError as error:
+            return Reply(tuple(outcomes), Fault(FaultKind.DIED, str(error)))
+        except Exception as error:  # noqa: BLE001 - one image's bug must not end the job
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {_one_line(error)} ({where.filename}:{where.lineno})"
+            return Reply(tuple(outcomes), Fault(FaultKind.BROKEN, text))
         return Reply(tuple(outcomes))
 
-    def _do(self, task: Task, batch_size: int) -> Outcome:
-        if task.image.problem is not None:
-            return Failure("list", task.image.problem)
-        began = time.perf_counter()
+    def _outcomes(self, call: Call) -> Iterator[Outcome]:
+        first = call.tasks[0]
+        if first.image.problem is not None:
+            yield Failure("list", first.image.problem)
+            return
         stage = "read"
         try:
-            subject, original_size = self._subject(task.image)
+            if isinstance(first, WorkTask) and isinstance(first.work, Conclude):
+                began = time.perf_counter()
+                yield Done(conclude(self._spec, first.work), time.perf_counter() - began)
+                return
+            began = time.perf_counter()
+            subject, original_size = self._subject(first.image)
             stage = "explain"
-            if isinstance(task, UnitTask):
-                partial = run_unit(subject, task.unit, task.targets, batch_size)
-                return UnitResult(partial, time.perf_counter() - began)
-            scores = subject.scores()
-            targets = choose_targets(self._targets, task.image, scores, self._model)
+            if isinstance(first, InspectTask):
+                scores = subject.scores()
+                targets = choose_targets(self._targets, first.image, scores, self._model)
+                yield Inspection(targets, subject.size, time.perf_counter() - began, original_size)
+                return
+            works = [task.work for task in call.tasks if isinstance(task, WorkTask)]
+            for _, result in perform(subject, works, first.targets, call.batch_size):
+                yield Done(result, time.perf_counter() - began)
+                began = time.perf_counter()
         except DeviceError:
             raise
         except MCRiseError as error:
-            return Failure(stage, str(error))
-        return Inspection(targets, subject.size, time.perf_counter() - began, original_size)
+            yield Failure(stage, str(error))
 
     def _subject(self, image: ImageRef) -> tuple[Subject, tuple[int, int]]:
         """An image ready to be masked, and the size it was decoded at."""
@@ -125,9 +187,15 @@ class Worker:
 
 @dataclass
 class InProcess:
-    """One worker in this process, as an executor: the engine without Ray."""
+    """One worker in this process, as an executor: the engine without Ray.
+
+    Attributes:
+        worker: that does the work.
+        execution: how it asks its model; None lets it choose.
+    """
 
     worker: Worker
+    execution: Execution | None = None
     _waiting: deque[tuple[int, Call | None]] = field(default_factory=deque)
 
     def now(self) -> float:
@@ -157,7 +225,7 @@ class InProcess:
         actor, call = self._waiting.popleft()
         outcome: Any
         try:
-            outcome = self.worker.load() if call is None else self.worker.do(call)
+            outcome = self.worker.load(self.execution) if call is None else self.worker.do(call)
         except MCRiseError as error:
             outcome = Fault(FaultKind.BUILD, str(error), error)
         return [Event(actor, call, outcome)]

@@ -66,10 +66,11 @@ def job(root: Path, images: int, size: tuple[int, int], masks: int, seconds: flo
         ),
         output=str(root / "out"),
         targets=(0,),
-        explain=ExplainSpec(masks=masks),
+        explain=ExplainSpec(masks=masks, estimator="paper"),
         actors=ACTORS,
         batch_size=64 if seconds else 256,
         figures=0,
+        precision="float32",
     )
 
 
@@ -90,7 +91,7 @@ def overhead(seconds: float, masks: int) -> None:
 
 def bare_unit(seconds: float, masks: int) -> float:
     """Median seconds of one unit in this process, with nothing around it."""
-    spec = ExplainSpec(masks=masks)
+    spec = ExplainSpec(masks=masks, estimator="paper")
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     subject = Subject(blackboxes.slow_means(str(seconds)), image, spec)
     times = []

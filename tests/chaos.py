@@ -55,6 +55,8 @@ def job(root: Path, output: str, actors: int, seconds: float) -> JobSpec:
         explain=ExplainSpec(masks=64 * UNITS, grid=(4, 4)),
         actors=actors,
         figures=0,
+        batch_size=64,
+        precision="float32",
         deadline=4.0,
     )
 

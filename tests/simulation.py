@@ -8,14 +8,18 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 
 from mcrise_ray.engine import Event
 from mcrise_ray.faults import Fault, FaultKind
+from mcrise_ray.plan import Unit
+from mcrise_ray.reduction import Conclude, Conclusion, ScoreUnit, WorkResult
 from mcrise_ray.saliency import Partial
 from mcrise_ray.tasks import (
     Call,
+    Done,
     Ended,
     Failed,
     Failure,
@@ -24,8 +28,8 @@ from mcrise_ray.tasks import (
     Outcome,
     Reply,
     Target,
-    UnitResult,
-    UnitTask,
+    Task,
+    WorkTask,
 )
 
 STALL = "stall"
@@ -37,11 +41,15 @@ def nothing_happens(actor: int, number: int, call: Call) -> None:
     """The script of an undisturbed run."""
 
 
-def true_value(task: UnitTask) -> float:
+def true_value(image_id: str, unit: Unit) -> float:
     """What a simulated unit sums up to; floating point makes the order of adding such numbers show."""
-    return random.Random(f"{task.image.image_id}/{task.unit.index}").uniform(-1, 1) * 10.0 ** (
-        task.unit.index % 7
-    )
+    return random.Random(f"{image_id}/{unit.index}").uniform(-1, 1) * 10.0 ** (unit.index % 7)
+
+
+def partial(masks: int, value: float) -> Partial:
+    """Sums that hold one number."""
+    none = np.zeros((1, 0, 1, 0))
+    return Partial(masks, (1, 1), np.array([value]), np.zeros((1, 1, 1, 1, 1, 1)), none, np.zeros(1), none)
 
 
 @dataclass
@@ -68,6 +76,7 @@ class Simulation:
         latency: seconds from an actor to the driver.
         exact: give each unit its `true_value`, which takes time; all the same number otherwise.
         bad: images whose inspection fails.
+        enough: masks at which a look ends an image.
     """
 
     def __init__(
@@ -82,11 +91,12 @@ class Simulation:
         latency: float = 0.002,
         exact: bool = True,
         bad: frozenset[str] = frozenset(),
+        enough: int = 10**12,
         seed: int = 0,
     ) -> None:
         self.actors, self.script, self.seconds, self.spread = actors, script, seconds, spread
         self.deaths_per_hour, self.start_seconds, self.latency = deaths_per_hour, start_seconds, latency
-        self.exact, self.bad = exact, bad
+        self.exact, self.bad, self.enough = exact, bad, enough
         self.clock = self.busy = self.own_time = 0.0
         self.events: list[tuple[float, int, Event]] = []
         self.alive: dict[int, _Actor] = {}
@@ -98,7 +108,7 @@ class Simulation:
         self.builds: Callable[[int], Fault | None] = lambda actor: None
         self._random = random.Random(seed)
         self._serial = 0
-        self._one = np.ones((1, 1, 1, 1))
+        self._one = partial(64, 1.0)
 
     def now(self) -> float:
         return self.clock
@@ -181,18 +191,33 @@ class Simulation:
     def _outcomes(self, call: Call, count: int, took: float) -> tuple[Outcome, ...]:
         return tuple(self._outcome(task, call, took / len(call.tasks)) for task in call.tasks[:count])
 
-    def _outcome(self, task: InspectTask | UnitTask, call: Call, took: float) -> Outcome:
+    def _outcome(self, task: Task, call: Call, took: float) -> Outcome:
         if isinstance(task, InspectTask):
             if task.image.image_id in self.bad:
                 return Failure("read", "damaged")
             return Inspection((Target(0, None, "predicted", 0.5),), (1, 1), took, (1, 1))
+        return Done(self._result(task, call), took)
+
+    def _result(self, task: WorkTask, call: Call) -> WorkResult:
+        work = task.work
+        if isinstance(work, Conclude):
+            total = work.total
+            if work.scores is not None:
+                total = partial(0, 0.0)
+                for scores in work.scores:
+                    total = total.combine(partial(len(scores), scores[0, 0]))
+            assert total is not None
+            if work.look and (work.last or total.masks >= self.enough):
+                return Conclusion(SimpleNamespace(total=total), None, None)  # type: ignore[arg-type]
+            return Conclusion(None, None, total)
+        value = 1.0
         if self.exact:
-            self.units_run[task.image.image_id, task.unit.index] += 1
-            self.batch_sizes[task.image.image_id, task.unit.index].append(call.batch_size)
-            value = np.full((1, 1, 1, 1), true_value(task))
-        else:
-            value = self._one
-        return UnitResult(Partial(len(task.unit), 1, value, value[0], value), took)
+            self.units_run[task.image.image_id, work.unit.index] += 1
+            self.batch_sizes[task.image.image_id, work.unit.index].append(call.batch_size)
+            value = true_value(task.image.image_id, work.unit)
+        if isinstance(work, ScoreUnit):
+            return np.full((len(work.unit), 1), value)
+        return partial(len(work.unit), value) if self.exact else self._one
 
 
 class Sums:
@@ -220,8 +245,9 @@ class Sums:
         if isinstance(image, Failed):
             self.failures[name] = image.failure
         else:
-            self.values[name] = float(image.total.raw[0, 0, 0, 0])
-            self.masks[name] = image.total.masks
+            total: Partial = image.explanation.total  # type: ignore[attr-defined]
+            self.values[name] = float(total.scores[0])
+            self.masks[name] = total.masks
 
     def masks_done(self, masks: int) -> None: ...
 

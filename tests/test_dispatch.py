@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from simulation import partial
 
 from mcrise_ray.dispatch import Ledger
 from mcrise_ray.images import ImageRef
 from mcrise_ray.plan import unit
-from mcrise_ray.saliency import Partial
+from mcrise_ray.reduction import Conclude, Conclusion, ScoreUnit, State, SumUnit
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.tasks import (
     Call,
+    Done,
+    Ended,
     Failed,
     Failure,
     Finished,
@@ -21,11 +25,10 @@ from mcrise_ray.tasks import (
     InspectTask,
     Saved,
     Target,
-    UnitResult,
-    UnitTask,
+    WorkTask,
 )
 
-SPEC = ExplainSpec(masks=192, colors="black")  # three units
+SPEC = ExplainSpec(masks=192, colors="black", estimator="paper")  # three units
 INSPECTION = Inspection((Target(0, None, "predicted", 0.5),), (1, 1), 0.1, (1, 1))
 
 
@@ -33,9 +36,8 @@ def refs(*names: str) -> list[ImageRef]:
     return [ImageRef(name, name) for name in names]
 
 
-def sums(value: float, masks: int = 64, seconds: float = 10.0) -> UnitResult:
-    one = np.full((1, 1, 1, 1), value)
-    return UnitResult(Partial(masks, 1, one, one[0], one), seconds)
+def sums(value: float, masks: int = 64, seconds: float = 10.0) -> Done:
+    return Done(partial(masks, value), seconds)
 
 
 def inspect(ledger: Ledger, worker: int = 0) -> ImageRef:
@@ -51,12 +53,27 @@ def inspect(ledger: Ledger, worker: int = 0) -> ImageRef:
 def unit_call(ledger: Ledger, worker: int = 0) -> Call:
     call = ledger.next_call(worker)
     assert call is not None
-    assert all(isinstance(task, UnitTask) for task in call.tasks)
+    assert call.masks
     return call
 
 
+def conclude(ledger: Ledger, worker: int = 0) -> list[Ended]:
+    """Let a worker bring an image to its end."""
+    call = ledger.next_call(worker)
+    assert call is not None
+    (task,) = call.tasks
+    assert isinstance(task, WorkTask)
+    assert isinstance(task.work, Conclude)
+    explanation = SimpleNamespace(total=task.work.total)
+    return ledger.returned(call, [Done(Conclusion(explanation, None, None), 1.0)])  # type: ignore[arg-type]
+
+
 def places(call: Call) -> list[tuple[str, int]]:
-    return [(task.image.image_id, task.unit.index) for task in call.tasks if isinstance(task, UnitTask)]
+    return [
+        (task.image.image_id, task.work.unit.index)
+        for task in call.tasks
+        if isinstance(task, WorkTask) and not isinstance(task.work, Conclude)
+    ]
 
 
 def test_sums_are_combined_in_index_order_and_each_counts_once() -> None:
@@ -70,11 +87,12 @@ def test_sums_are_combined_in_index_order_and_each_counts_once() -> None:
     assert ledger.returned(calls[2], [sums(5.0)]) == []  # twice
     assert ledger.returned(calls[0], [sums(values[0])]) == []
     assert ledger.returned(calls[0], [sums(5.0)]) == []
-    (ended,) = ledger.returned(calls[1], [sums(values[1])])
+    assert ledger.returned(calls[1], [sums(values[1])]) == []
+    (ended,) = conclude(ledger)
     assert isinstance(ended, Finished)
-    assert ended.total.raw[0, 0, 0, 0] == (1e16 + 1.0) - 1e16
-    assert ended.total.masks == 192
-    assert ended.seconds == pytest.approx(30.1)
+    total = ended.explanation.total  # type: ignore[attr-defined]
+    assert (total.scores[0], total.masks) == ((1e16 + 1.0) - 1e16, 192)
+    assert ended.seconds == pytest.approx(0.1 + 5 * 10.0 + 1.0)  # two of them twice, and paid for twice
     assert ledger.finished
     assert ledger.returned(calls[0], [sums(5.0)]) == []
 
@@ -155,7 +173,7 @@ def test_the_inspection_of_a_worker_that_ended_is_done_by_another() -> None:
 
 
 def test_quick_units_share_a_call_and_slow_ones_do_not() -> None:
-    spec = ExplainSpec(masks=6400, colors="black")
+    spec = ExplainSpec(masks=6400, colors="black", estimator="paper")
     ledger = Ledger(refs("a"), spec, 64)
     inspect(ledger)
     first = unit_call(ledger)
@@ -191,14 +209,17 @@ def test_giving_up_a_task_fails_its_image_and_keeps_the_others_of_the_call() -> 
 
 
 def test_an_image_goes_on_from_saved_sums() -> None:
-    saved = {"b": Saved(INSPECTION, sums(7.0, 128).partial, 2, 20.0)}
+    saved = {"b": Saved(INSPECTION, State(0, (), None, partial(128, 7.0), 2), 20.0)}
     ledger = Ledger(refs("b"), SPEC, 64, saved.get)
     call = unit_call(ledger)
     assert places(call) == [("b", 2)]
-    assert list(ledger.unfinished()) == [(refs("b")[0], saved["b"])]
-    (ended,) = ledger.returned(call, [sums(1.0)])
+    ((image, kept),) = ledger.unfinished()
+    assert (image.image_id, kept.state.units, kept.seconds) == ("b", 2, 20.0)
+    ledger.returned(call, [sums(1.0)])
+    (ended,) = conclude(ledger)
     assert isinstance(ended, Finished)
-    assert (ended.total.raw[0, 0, 0, 0], ended.total.masks, ended.seconds) == (8.0, 192, 30.0)
+    total = ended.explanation.total  # type: ignore[attr-defined]
+    assert (total.scores[0], total.masks, ended.seconds) == (8.0, 192, 31.0)
 
 
 def test_only_sums_without_a_gap_are_saved() -> None:
@@ -209,14 +230,54 @@ def test_only_sums_without_a_gap_are_saved() -> None:
     ledger.returned(calls[0], [sums(1.0)])
     ledger.returned(calls[2], [sums(4.0)])
     ((image, saved),) = ledger.unfinished()
-    assert (image.image_id, saved.units, saved.total.raw[0, 0, 0, 0]) == ("a", 1, 1.0)
+    assert (image.image_id, saved.state.units, saved.state.total.scores[0]) == ("a", 1, 1.0)
+
+
+def test_what_an_image_waits_for_goes_before_everything_else() -> None:
+    ledger = Ledger(refs("a", "b"), SPEC, 64)
+    inspect(ledger, 0)
+    inspect(ledger, 1)
+    for _ in range(3):
+        ledger.returned(unit_call(ledger, 0), [sums(1.0)])
+    (ended,) = conclude(ledger, 1)
+    assert ended.image.image_id == "a"
+    assert places(unit_call(ledger, 1)) == [("b", 0)]
+
+
+def test_scores_are_fitted_before_sums_are_asked_for() -> None:
+    spec = ExplainSpec(masks=20000, colors="black")
+    ledger = Ledger(refs("a"), spec, 64)
+    inspect(ledger)
+    scored, works = [], []
+    while (call := ledger.next_call(0)) is not None:
+        (task,) = call.tasks
+        assert isinstance(task, WorkTask)
+        works.append(type(task.work))
+        if isinstance(task.work, Conclude):
+            done = Conclusion(None, None, partial(16000, 1.0))
+            if task.work.look:
+                done = Conclusion(SimpleNamespace(total=task.work.total), None, None)  # type: ignore[arg-type]
+            else:
+                assert task.work.scores is not None
+                assert [len(scores) for scores in task.work.scores] == scored
+            ended = ledger.returned(call, [Done(done, 1.0)])
+        elif isinstance(task.work, ScoreUnit):
+            scored.append(call.masks)
+            ledger.returned(call, [Done(np.zeros((call.masks, 1)), 10.0)])
+        else:
+            ledger.returned(call, [sums(1.0, call.masks)])
+    assert works == [ScoreUnit] * len(scored) + [Conclude] + [SumUnit] * (32 - len(scored)) + [Conclude]
+    assert sum(scored) <= 16384
+    (finished,) = ended
+    assert isinstance(finished, Finished)
+    assert finished.explanation.total.scores[0] == 1.0 + (32 - len(scored))  # type: ignore[attr-defined]
 
 
 def test_an_image_offers_no_more_units_while_too_many_sums_wait_for_a_missing_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mcrise_ray.dispatch._EARLY_BYTES", 0)
-    spec = ExplainSpec(masks=100 * 4096, colors="black")
+    spec = ExplainSpec(masks=100 * 4096, colors="black", estimator="paper")
     ledger = Ledger(refs("a"), spec, 64)
     inspect(ledger)
     missing = unit_call(ledger)

@@ -33,6 +33,9 @@ NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20
 SPEC = ExplainSpec(masks=300, grid=(4, 4))
 
 
+PLAIN = {"precision": "float32", "batch_size": 64}  # bits are compared
+
+
 @pytest.fixture(scope="module")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     # Actors import `blackboxes` from here; Ray's sockets need a short path.
@@ -61,7 +64,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def job(images: Path, output: Path, **changes: object) -> JobSpec:
-    settings = {"model": NETWORK, "explain": SPEC, "actors": 0, "figures": 0, "targets": (0, 3), **changes}
+    settings = {
+        "model": NETWORK,
+        "explain": SPEC,
+        "actors": 0,
+        "figures": 0,
+        "targets": (0, 3),
+        **PLAIN,
+        **changes,
+    }
     return JobSpec(images=(str(images),), output=str(output), **settings)
 
 

@@ -430,7 +430,7 @@ def test_a_job_stores_the_model_and_maps_of_the_size_asked_for(tmp_path: Path, o
     )
     reporter = Silent()
     assert run_job(job, reporter).images == 3
-    assert reporter.notes == ["model networks:tiny on cpu"]
+    assert reporter.notes == ["model networks:tiny on cpu: float32, batches of 64, threads 1"]
     results = mr.read_results(job.output)
     assert json.loads(json.dumps(results.job["model"])) == {
         "model": "networks:tiny",

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import blackboxes
 import numpy as np
 import pyarrow.fs
 import pyarrow.parquet
@@ -24,17 +25,25 @@ import mcrise_ray as mr
 from mcrise_ray import lease, recorder
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.errors import StoreError
+from mcrise_ray.explainer import Subject, perform
 from mcrise_ray.jobs import Summary, run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.lease import Lease
 from mcrise_ray.loading import ModelSpec
-from mcrise_ray.saliency import Partial
+from mcrise_ray.reduction import Reduction
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
 from mcrise_ray.tasks import Inspection, Saved, Target
 
 NAMES = ("a.png", "b.png", "c.png", "d.png")
-SPEC = ExplainSpec(masks=640, grid=(4, 4))  # ten units
+SPECS = {  # ten units each
+    "paper": ExplainSpec(masks=640, grid=(4, 4), estimator="paper"),
+    "control-variate": ExplainSpec(masks=640, grid=(4, 4)),
+}
+SPEC = SPECS["control-variate"]
+
+
+PLAIN = {"precision": "float32", "batch_size": 64}  # bits are compared
 
 
 @pytest.fixture
@@ -58,7 +67,15 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def job(images: Path, output: Path, **changes: Any) -> JobSpec:
     model = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
-    settings = {"model": model, "explain": SPEC, "actors": 0, "figures": 0, "targets": (0, 3), **changes}
+    settings = {
+        "model": model,
+        "explain": SPEC,
+        "actors": 0,
+        "figures": 0,
+        "targets": (0, 3),
+        **PLAIN,
+        **changes,
+    }
     return JobSpec(images=(str(images),), output=str(output), **settings)
 
 
@@ -94,11 +111,14 @@ def undisturbed(folder: Path, tmp_path: Path) -> dict[tuple[str, int], bytes]:
     return maps
 
 
+@pytest.mark.parametrize("estimator", SPECS)
 @pytest.mark.parametrize("after", [64, 320, 640, 960, 2000, 2559])
 def test_an_interrupted_job_goes_on_where_it_was(
-    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes], after: int
+    folder: Path, tmp_path: Path, after: int, estimator: str
 ) -> None:
-    spec = job(folder, tmp_path / "out")
+    run(job(folder, tmp_path / "undisturbed", explain=SPECS[estimator]))
+    undisturbed = content(tmp_path / "undisturbed")
+    spec = job(folder, tmp_path / "out", explain=SPECS[estimator])
     with pytest.raises(KeyboardInterrupt):
         run(spec, Interrupting(after))
     assert json.loads((tmp_path / "out/job.json").read_text())["state"] == "stopped"
@@ -304,21 +324,38 @@ def test_an_interrupted_job_goes_on_on_an_object_store(
 # Checkpoints.
 
 
-def test_sums_are_kept_to_the_bit(tmp_path: Path, rng: np.random.Generator) -> None:
-    total = Partial(
-        128, 2, rng.normal(size=(2, 5, 3, 4)), rng.normal(size=(2, 3, 4)), rng.random((2, 5, 3, 4))
-    )
-    inspection = Inspection(
-        (Target(3, "käse", "truth", 0.25), Target(1, None, "top2", 1 / 3)), (3, 4), 0.5, (9, 9)
-    )
+@pytest.mark.parametrize("masks", [640, 20000])
+def test_an_image_goes_on_from_what_is_kept_to_the_bit(
+    tmp_path: Path, rng: np.random.Generator, masks: int
+) -> None:
+    """Saved after every step, and read back: scores, fit and sums."""
+    spec = ExplainSpec(masks=masks, grid=(4, 4))
+    targets = (Target(2, "käse", "truth", 0.25), Target(1, None, "top2", 1 / 3))
+    inspection = Inspection(targets, (20, 24), 0.5, (9, 9))
+    image = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    subject = Subject(blackboxes.ChannelMeans(), image, spec)
+    score = np.array([target.score for target in targets])
     there = Checkpoints(Store(str(tmp_path)))
     assert there.take("a/b.png") is None
-    there.write("a/b.png", Saved(inspection, total, 2, 12.5))
-    found = Checkpoints(Store(str(tmp_path))).take("a/b.png")
-    assert found is not None
-    assert (found.inspection, found.units, found.seconds) == (inspection, 2, 12.5)
-    assert (found.total.masks, found.total.units) == (128, 2)
-    for name in ("raw", "baseline", "squares"):
-        np.testing.assert_array_equal(getattr(found.total, name), getattr(total, name))
+    reduction = Reduction(spec, (2, 1), score, (20, 24))
+    straight = Reduction(spec, (2, 1), score, (20, 24))
+    steps = 0
+    while (work := reduction.next_work()) is not None:
+        other = straight.next_work()
+        assert other is not None
+        straight.take(*next(perform(subject, [other], (2, 1), 64)))
+        reduction.take(*next(perform(subject, [work], (2, 1), 64)))
+        if reduction.explanation is None and steps % 5 == 0:
+            there.write("a/b.png", Saved(inspection, reduction.state(), 12.5))
+            found = Checkpoints(Store(str(tmp_path))).take("a/b.png")
+            assert found is not None
+            assert (found.inspection, found.seconds) == (inspection, 12.5)
+            reduction = Reduction(spec, (2, 1), score, (20, 24), found.state)
+        steps += 1
+    assert steps >= 11
+    assert reduction.explanation is not None
+    assert straight.explanation is not None
+    np.testing.assert_array_equal(reduction.explanation.maps, straight.explanation.maps)
+    np.testing.assert_array_equal(reduction.explanation.standard_error, straight.explanation.standard_error)
     there.delete("a/b.png")
     assert Checkpoints(Store(str(tmp_path))).take("a/b.png") is None

@@ -18,9 +18,10 @@ from mcrise_ray.faults import FaultKind
 from mcrise_ray.images import ImageRef, read_image
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.plan import unit
+from mcrise_ray.reduction import ScoreUnit
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.tasks import Call, Failure, Inspection, InspectTask, UnitResult, UnitTask
-from mcrise_ray.worker import Worker
+from mcrise_ray.tasks import Call, Done, Failure, Inspection, InspectTask, WorkTask
+from mcrise_ray.worker import Setup, Worker
 
 SPEC = ExplainSpec(masks=192, grid=(4, 4))
 
@@ -43,8 +44,10 @@ def scripted() -> nn.Module:
 @pytest.fixture
 def worker() -> Worker:
     model = ModelSpec(model=f"{__name__}:scripted", preprocessing={"size": (20, 24)}, device="cpu")
-    made = Worker(model, SPEC, (0,), DecodeOptions(), threads=1)
-    made.load()
+    made = Worker(Setup(model, SPEC, (0,), DecodeOptions(), "float32", 64, 1, None, ImageRef("a", "a")))
+    execution = made.load().execution
+    assert (execution.batch_size, execution.threads) == (64, 1)
+    assert execution.precision.is_float32
     return made
 
 
@@ -56,7 +59,7 @@ def image(tmp_path: Path) -> ImageRef:
 
 
 def units(image: ImageRef, *indices: int) -> Call:
-    return Call(tuple(UnitTask(image, (0,), unit(SPEC, index)) for index in indices), 64)
+    return Call(tuple(WorkTask(image, (0,), ScoreUnit(unit(SPEC, index))) for index in indices), 64)
 
 
 def test_a_call_does_its_tasks_in_order(worker: Worker, image: ImageRef) -> None:
@@ -64,9 +67,7 @@ def test_a_call_does_its_tasks_in_order(worker: Worker, image: ImageRef) -> None
     assert isinstance(inspection, Inspection)
     assert inspection.size == (20, 24)
     reply = worker.do(units(image, 0, 1, 2))
-    assert [outcome.partial.masks for outcome in reply.outcomes if isinstance(outcome, UnitResult)] == [
-        64
-    ] * 3
+    assert [len(outcome.result) for outcome in reply.outcomes if isinstance(outcome, Done)] == [64] * 3
     assert reply.fault is None
 
 
@@ -110,7 +111,7 @@ def test_a_bug_of_ours_is_a_fault_that_says_where(
     def broken(*_: object) -> None:
         raise KeyError("x")
 
-    monkeypatch.setattr(module, "run_unit", broken)
+    monkeypatch.setattr(module, "perform", broken)
     reply = worker.do(units(image, 0))
     assert reply.fault is not None
     assert reply.fault.kind is FaultKind.BROKEN
@@ -146,7 +147,7 @@ def test_an_upcoming_image_that_cannot_be_read_fails_at_its_own_turn(
     gone = ImageRef("gone.png", str(tmp_path / "gone.png"))
     call = units(image, 0)
     reply = worker.do(Call(call.tasks, call.batch_size, gone))
-    assert isinstance(reply.outcomes[0], UnitResult)
+    assert isinstance(reply.outcomes[0], Done)
     (failure,) = worker.do(Call((InspectTask(gone),), 64)).outcomes
     assert isinstance(failure, Failure)
     assert failure.stage == "read"

@@ -1,0 +1,361 @@
+"""How fast it is: against the bare model, RISE as published and xaitk-saliency, by K, by L and by actors."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from pydantic import Field
+
+from mcrise_ray.baselines import BATCH_SIZE, rise_as_published, xaitk_mc_rise
+from mcrise_ray.errors import ModelError
+from mcrise_ray.explainer import Subject, explain
+from mcrise_ray.images import read_image
+from mcrise_ray.jobs import run_job
+from mcrise_ray.jobspec import JobSpec
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.masks import draw
+from mcrise_ray.memory import forget_peak, peak_memory
+from mcrise_ray.models import Model, load_model
+from mcrise_ray.precision import Execution
+from mcrise_ray.scores import launch
+from mcrise_ray.spec import ExplainSpec, StrictModel
+from mcrise_ray.timing import Ratio, alternate, at_equal_error
+from mcrise_ray.tuning import PrecisionChoice, settle
+
+Part = Literal["overhead", "fills", "targets", "rise", "xaitk", "actors"]
+Contender = Literal["rise", "xaitk", "ours"]
+
+FILLS = (1, 5, 16, 64)
+TARGETS = (1, 10, 100)
+OVERHEAD = "explain / bare forward"
+IMAGE_MASKS = 8000  # the paper's N
+GIB = 2**30
+
+_MEMORY = 24 * GIB  # of a usual machine
+
+
+class BenchSpec(StrictModel):
+    """What is measured.
+
+    Args:
+        model: which model; weights at random do for times.
+        image: what is explained; noise by default.
+        explain: masks and so on, for each run.
+        precision, batch_size: see `mcrise_ray.tuning.settle`.
+        threads: of torch; as many as there are cores by default.
+        parts: in this order.
+        repeats: pairs of runs of which the median is taken.
+        seeds: over which variances are measured, for times to equal error; 0 measures none.
+        images: of the jobs of `actors`.
+        price_per_hour: of this machine, for costs.
+    """
+
+    model: ModelSpec
+    image: str | None = None
+    explain: ExplainSpec = ExplainSpec(masks=512)
+    precision: PrecisionChoice = "auto"
+    batch_size: Literal["auto"] | int = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    parts: tuple[Part, ...] = ("overhead", "fills", "targets", "rise", "actors")
+    repeats: int = Field(default=5, ge=1)
+    seeds: int = Field(default=0, ge=0)
+    images: int = Field(default=4, ge=1)
+    price_per_hour: float | None = Field(default=None, ge=0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model as it came and as it is asked best, and an image at its input size.
+
+    Attributes:
+        bench: what is measured.
+        plain: the model in float32, for what others do.
+        tuned: the model asked as `execution` says.
+        execution: see `mcrise_ray.precision`.
+        image: at the model's input size.
+        target: its predicted class.
+    """
+
+    bench: BenchSpec
+    plain: Model
+    tuned: Model
+    execution: Execution
+    image: UInt8[np.ndarray, "H W 3"]
+    target: int
+
+    @property
+    def spec(self) -> ExplainSpec:
+        """Of the masks."""
+        return self.bench.explain
+
+    @property
+    def repeats(self) -> int:
+        """Of each pair."""
+        return self.bench.repeats
+
+    def explain(self, spec: ExplainSpec, targets: Sequence[int]) -> object:
+        """Ours."""
+        return explain(self.tuned, self.image, targets, spec, batch_size=self.execution.batch_size)
+
+
+def prepare(bench: BenchSpec) -> Case:
+    """Load the model twice, choose how the second one is asked, and take the image."""
+    if bench.threads is not None:
+        torch.set_num_threads(bench.threads)
+    plain, second = load_model(bench.model), load_model(bench.model)
+    noise = np.random.default_rng(0).integers(0, 256, (*plain.preprocessing.size, 3), dtype=np.uint8)
+    image = noise if bench.image is None else read_image(bench.image)
+    settled = settle(second, bench.explain, image, precision=bench.precision, batch_size=bench.batch_size)
+    prepared = plain.prepare(image)
+    target = int(Subject(plain, prepared, bench.explain).scores().argmax())
+    return Case(bench, plain, settled.model, settled.execution, prepared, target)
+
+
+def report(case: Case, output: str | None = None) -> Iterator[str]:
+    """The lines of a table, as the ratios come; and a JSON file of all of them."""
+    execution, price = case.execution, case.bench.price_per_hour
+    yield f"{case.bench.model.model}, {case.spec.masks} masks: {execution}"
+    yield from (f"  {note}" for note in execution.precision.notes)
+    yield f"{'A / B, in turn':<44} {'median':>8}  (range), median seconds of A / of B"
+    ratios = []
+    for ratio in measure(case):
+        ratios.append(asdict(ratio))
+        yield str(ratio)
+        if ratio.name == OVERHEAD:
+            yield f"  {cost(case.spec.masks / ratio.first, price)}"
+    if output is not None:
+        content = {
+            "bench": case.bench.model_dump(mode="json"),
+            "execution": execution.model_dump(mode="json"),
+            "ratios": ratios,
+        }
+        Path(output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def cost(masks_per_second: float, price_per_hour: float | None) -> str:
+    """What an image costs."""
+    seconds = IMAGE_MASKS / masks_per_second
+    text = f"{masks_per_second:,.1f} masks/s, {seconds:,.1f} s an image of {IMAGE_MASKS} masks"
+    if price_per_hour is not None:
+        text += f", which costs {seconds / 3600 * price_per_hour:.4g} at {price_per_hour:g} an hour"
+    return text
+
+
+def measure(case: Case) -> Iterator[Ratio]:
+    """The ratios that are asked for, as they come."""
+    parts: dict[Part, Callable[[Case], Iterator[Ratio]]] = {
+        "overhead": overhead,
+        "fills": fills,
+        "targets": targets,
+        "rise": rise,
+        "xaitk": xaitk,
+        "actors": actors,
+    }
+    for part in case.bench.parts:
+        yield from parts[part](case)
+
+
+def overhead(case: Case) -> Iterator[Ratio]:
+    """Explaining over asking the same model as often, without masks."""
+    bare = partial(_bare, case.tuned, case.image, case.spec, case.execution.batch_size)
+    ours = partial(case.explain, case.spec, [case.target])
+    yield alternate(OVERHEAD, ours, bare, case.repeats)
+
+
+def _bare(model: Model, image: UInt8[np.ndarray, "H W 3"], spec: ExplainSpec, batch_size: int) -> None:
+    """The model's answers to N images that are there already."""
+    subject = Subject(model, image, spec)
+    images = subject.blend(draw(spec, 0, min(batch_size, spec.masks)))
+    answers = [
+        launch(subject.function, images[: min(batch_size, spec.masks - start)])
+        for start in range(0, spec.masks, batch_size)
+    ]
+    for answer in answers:
+        answer.read()
+
+
+def fills(case: Case) -> Iterator[Ratio]:
+    """K fills over one."""
+    target = [case.target]
+    one = partial(case.explain, _with_fills(case.spec, 1), target)
+    for K in FILLS[1:]:
+        many = partial(case.explain, _with_fills(case.spec, K), target)
+        yield alternate(f"K = {K} / K = 1", many, one, case.repeats)
+
+
+def _with_fills(spec: ExplainSpec, K: int) -> ExplainSpec:
+    colors = [f"#{255 - 3 * k:02x}{(37 * k) % 256:02x}{(91 * k) % 256:02x}" for k in range(K)]
+    return spec.model_copy(update={"method": "mc-rise", "colors": tuple(colors)})
+
+
+def targets(case: Case) -> Iterator[Ratio]:
+    """L targets over one."""
+    one = partial(case.explain, case.spec, [0])
+    for L in sorted({min(L, case.tuned.classes) for L in TARGETS} - {1}):
+        yield alternate(f"L = {L} / L = 1", partial(case.explain, case.spec, range(L)), one, case.repeats)
+
+
+def rise(case: Case) -> Iterator[Ratio]:
+    """RISE as published over ours, at equal N; with seeds, at equal error too."""
+    spec = _rise_spec(case.spec)
+    subject = Subject(case.plain, case.image, spec)
+    published = partial(_published, subject)
+    ours = partial(case.explain, spec, [case.target])
+    theirs, mine = memory_beyond_model(case, spec, "rise"), memory_beyond_model(case, spec, "ours")
+    remark = f"memory beyond the model's: {theirs / GIB:.2f} GiB / {mine / GIB:.3f} GiB"
+    equal_n = alternate("RISE as published / ours, equal N", published, ours, case.repeats, remark)
+    yield equal_n
+    if case.bench.seeds:
+        yield at_equal_error(equal_n, variance_ratio(case, _to_the_letter(spec), spec))
+
+
+def _rise_spec(spec: ExplainSpec) -> ExplainSpec:
+    return ExplainSpec(method="rise", masks=spec.masks, grid=spec.grid, p_mask=spec.p_mask, seed=spec.seed)
+
+
+def _to_the_letter(spec: ExplainSpec) -> ExplainSpec:
+    return spec.model_copy(update={"estimator": "paper"})
+
+
+def _published(subject: Subject) -> object:
+    spec = subject.spec
+    return rise_as_published(subject.function, subject.image, draw(spec, 0, spec.masks), spec.p_mask)
+
+
+def variance_ratio(case: Case, first: ExplainSpec, second: ExplainSpec) -> float:
+    """The variance of the first spec's maps over that of the second's, measured over seeds.
+
+    Both see the same masks, so neither has the luckier ones.
+    """
+    return _variance(case, first) / _variance(case, second)
+
+
+def _variance(case: Case, spec: ExplainSpec) -> float:
+    """Mean over pixels of the variance over seeds."""
+    size, target = case.execution.batch_size, [case.target]
+    seeded = (spec.model_copy(update={"seed": seed}) for seed in range(case.bench.seeds))
+    maps = [explain(case.tuned, case.image, target, one, batch_size=size).maps for one in seeded]
+    return float(np.var(maps, axis=0, ddof=1, dtype=np.float64).mean())
+
+
+def xaitk(case: Case) -> Iterator[Ratio]:
+    """MC-RISE of xaitk-saliency over ours at equal N, with what each needs of memory."""
+    spec = case.spec
+    theirs = partial(xaitk_mc_rise, case.plain, case.plain.classes, case.image, spec)
+    ours = partial(case.explain, spec, [case.target])
+    doubled = spec.model_copy(update={"masks": 2 * spec.masks})
+    once, twice = (memory_beyond_model(case, asked, "xaitk") for asked in (spec, doubled))
+    mine = memory_beyond_model(case, spec, "ours")
+    fits = spec.masks * (1 + (_MEMORY - once) / max(1, twice - once))
+    remark = (
+        f"memory beyond the model's: {once / GIB:.2f} GiB / {mine / GIB:.3f} GiB; "
+        f"theirs exceeds {_MEMORY / GIB:.0f} GiB at N = {fits:,.0f}, ours does not grow"
+    )
+    yield alternate("MC-RISE of xaitk / ours, equal N", theirs, ours, case.repeats, remark)
+
+
+def actors(case: Case) -> Iterator[Ratio]:
+    """One actor over two on the same images and masks, without Ray's start but with that of the actors."""
+    with tempfile.TemporaryDirectory() as folder:
+        generator = np.random.default_rng(0)
+        for n in range(case.bench.images):
+            noise = generator.integers(0, 256, case.image.shape, dtype=np.uint8)
+            Image.fromarray(noise).save(Path(folder) / f"{n}.png")
+        times = [(_job_seconds(case, folder, 1), _job_seconds(case, folder, 2)) for _ in range(case.repeats)]
+    yield Ratio.of("1 actor / 2 actors", times)
+
+
+def _job_seconds(case: Case, folder: str, count: int) -> float:
+    job = JobSpec(
+        images=(folder,),
+        model=case.bench.model,
+        output=f"{folder}-results",
+        explain=case.spec,
+        actors=count,
+        batch_size=case.execution.batch_size,
+        figures=0,
+    )
+    try:
+        return run_job(job, _Silent(), overwrite=True).seconds
+    finally:
+        shutil.rmtree(job.output, ignore_errors=True)
+
+
+class _Silent:
+    """A reporter that says nothing."""
+
+    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
+        """See `Reporter`."""
+
+    def masks_done(self, masks: int) -> None:
+        """See `Reporter`."""
+
+    def image_done(self, failed: bool) -> None:
+        """See `Reporter`."""
+
+    def note(self, text: str) -> None:
+        """See `Reporter`."""
+
+    def outlook(self) -> dict[str, Any]:
+        """See `Reporter`."""
+        return {}
+
+
+def memory_beyond_model(case: Case, spec: ExplainSpec, what: Contender) -> int:
+    """Bytes that a process takes at most beyond what its model takes, in a process of its own.
+
+    The model is the plain one for all: what compiling once takes would hide what explaining takes.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    task = _MemoryTask(case.bench.model, case.image, spec, what, case.execution.batch_size)
+    process = context.Process(target=_measure_memory, args=(theirs, task))
+    process.start()
+    theirs.close()
+    try:
+        peak: int = ours.recv()
+    except EOFError:
+        process.join()
+        raise ModelError(
+            f"measuring the memory of {what} ended with exit code {process.exitcode}: lower --masks"
+        ) from None
+    process.join()
+    return peak
+
+
+@dataclass(frozen=True)
+class _MemoryTask:
+    model: ModelSpec
+    image: np.ndarray
+    spec: ExplainSpec
+    what: Contender
+    batch_size: int
+
+
+def _measure_memory(connection: Connection, task: _MemoryTask) -> None:
+    model, spec = load_model(task.model), task.spec
+    size = task.batch_size if task.what == "ours" else BATCH_SIZE
+    forget_peak()
+    _bare(model, task.image, spec.model_copy(update={"masks": 2 * size}), size)
+    bare = peak_memory()
+    forget_peak()
+    if task.what == "ours":
+        explain(model, task.image, 0, spec, batch_size=size)
+    elif task.what == "rise":
+        _published(Subject(model, task.image, spec))
+    else:
+        xaitk_mc_rise(model, model.classes, task.image, spec)
+    connection.send(max(0, peak_memory() - bare))

@@ -1,0 +1,157 @@
+"""How a network of ours is asked: everything besides the spec that can change a rounding, as a value.
+
+It is chosen once (`mcrise_ray.tuning`), stored with the plan, and applied by every worker. A black box that
+is no torch module of ours is asked as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mcrise_ray.errors import ModelError
+from mcrise_ray.loading import first_line
+from mcrise_ray.models import Model
+from mcrise_ray.scores import Classifier, ask
+from mcrise_ray.spec import StrictModel
+
+
+class Precision(StrictModel):
+    """What is done to a network for speed, and what came of it; nothing at all is plain float32.
+
+    Args:
+        channels_last: weights and images with their channels last in memory.
+        bfloat16: torch's autocast.
+        compiled: whole batches by torch.compile; shorter ones without.
+        difference: of the scores from float32, over the scores' spread: root mean squares.
+        largest_difference: of any score, over the largest score.
+        speedup: over float32.
+        notes: what was tried, and what came of each.
+    """
+
+    channels_last: bool = False
+    bfloat16: bool = False
+    compiled: bool = False
+    difference: float = Field(default=0.0, ge=0)
+    largest_difference: float = Field(default=0.0, ge=0)
+    speedup: float = Field(default=1.0, gt=0)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_float32(self) -> bool:
+        """Nothing is done to the network."""
+        return not (self.channels_last or self.bfloat16 or self.compiled)
+
+    def __str__(self) -> str:
+        if self.is_float32:
+            return "float32"
+        names = ("channels_last", "bfloat16", "compiled")
+        done = ", ".join(name for name in names if getattr(self, name))
+        return (
+            f"{done} ({self.speedup:.2g} times as fast as float32, scores within {self.difference:.2%} of "
+            "their spread)"
+        )
+
+
+class Execution(StrictModel):
+    """How one job asks its model.
+
+    Args:
+        batch_size: masked images per call.
+        threads: of torch.
+        precision: what is done to the network.
+    """
+
+    batch_size: int = Field(ge=1)
+    threads: int = Field(ge=1)
+    precision: Precision = Precision()
+
+    def __str__(self) -> str:
+        return f"{self.precision}, batches of {self.batch_size}, threads {self.threads}"
+
+
+class Adapted(nn.Module):
+    """A network asked in a certain precision.
+
+    Args:
+        network: its weights lie as `precision` says.
+        precision: for each batch.
+        batch_size: of whole batches. It is compiled for these alone, because another shape would be compiled
+            anew, and padding a short batch costs more than to ask it without.
+    """
+
+    def __init__(self, network: nn.Module, precision: Precision, batch_size: int) -> None:
+        super().__init__()
+        self.network = network
+        self._precision, self._batch_size = precision, batch_size
+        # Freezing folds normalisation layers and casts into the weights.
+        self._compiled = (
+            torch.compile(network, dynamic=False, options={"freezing": True}) if precision.compiled else None
+        )
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Any:
+        """What the network returns."""
+        images = images.contiguous(memory_format=layout_of(self._precision))
+        whole = self._compiled is not None and len(images) == self._batch_size
+        network = self._compiled if whole else self.network
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._precision.bfloat16):
+            return network(images)  # type: ignore[misc]
+
+
+def layout_of(precision: Precision) -> torch.memory_format:
+    """How batches lie in memory."""
+    return torch.channels_last if precision.channels_last else torch.contiguous_format
+
+
+def network_of(model: Model) -> nn.Module | None:
+    """The torch module inside of a model of ours; None for ONNX, servers and foreign callables."""
+    network = model.black_box.network if isinstance(model.black_box, Classifier) else None
+    return network if isinstance(network, nn.Module) else None
+
+
+def adapted(model: Model, network: nn.Module, precision: Precision, batch_size: int) -> Model:
+    """The model with its network asked in a certain precision."""
+    classifier = model.black_box
+    if not isinstance(classifier, Classifier):
+        raise TypeError(f"expected a Classifier, found {type(classifier).__name__}")
+    layers = Adapted(network, precision, batch_size)
+    black_box = Classifier(
+        layers, classifier.mean, classifier.std, classifier.activation, precision.channels_last
+    )
+    return replace(model, black_box=black_box)
+
+
+def apply(model: Model, execution: Execution) -> Model:
+    """The model asked as the plan says. Its weights are moved: use the model that is returned alone.
+
+    Sets the number of torch's threads in this process, which is part of the plan too.
+
+    Raises:
+        ModelError: it cannot be asked so here; any other way would give other roundings.
+    """
+    torch.set_num_threads(execution.threads)
+    precision, network = execution.precision, network_of(model)
+    if precision.is_float32:
+        return model
+    try:
+        if network is None:
+            raise TypeError("it is no torch module")
+        if precision.channels_last:
+            network.to(memory_format=torch.channels_last)
+        ready = adapted(model, network, precision, execution.batch_size)
+        # It compiles at the first call, for tensors of just the kind that a `Blender` makes.
+        blank = torch.zeros(execution.batch_size, 3, *model.preprocessing.size, device=model.device)
+        ask(ready.input_space().function, blank.contiguous(memory_format=layout_of(precision)))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the plan asks the model with {precision}, which fails here: {first_line(error)}; "
+            "use machines of one kind, or --precision float32"
+        ) from error
+    return ready

@@ -1,0 +1,92 @@
+"""Times as ratios: two things in turn, again and again, and the median of the ratios of neighbours.
+
+A time alone says as much about the machine and its other users as about the program; a ratio of neighbours
+does not.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Run = Callable[[], object]
+
+_HOPELESS = 0.6  # of the other's speed
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A over B, timed in turn.
+
+    Attributes:
+        name: what is compared.
+        ratio: median of the ratios of neighbouring runs.
+        low, high: smallest and largest of them.
+        first, second: median seconds of A and of B.
+        remark: what else there is to know.
+    """
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+    first: float
+    second: float
+    remark: str = ""
+
+    @staticmethod
+    def of(name: str, times: Sequence[tuple[float, float]], remark: str = "") -> Ratio:
+        """Out of the seconds of A and B in each pair of runs."""
+        ratios = [a / b for a, b in times]
+        first, second = (statistics.median(column) for column in zip(*times, strict=True))
+        return Ratio(name, statistics.median(ratios), min(ratios), max(ratios), first, second, remark)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name:<44} {self.ratio:8.3f}  ({self.low:.3f} to {self.high:.3f})  "
+            f"{self.first:9.3f} s / {self.second:.3f} s  {self.remark}"
+        ).rstrip()
+
+
+def alternate(name: str, first: Run, second: Run, repeats: int, remark: str = "") -> Ratio:
+    """A and B in turn, after a first run of each that does not count."""
+    first()
+    second()
+    return Ratio.of(name, [(_seconds(first), _seconds(second)) for _ in range(repeats)], remark)
+
+
+def at_equal_error(equal_n: Ratio, variances: float) -> Ratio:
+    """The ratio of times to the same error, from the one at the same N: variances fall as 1 / N.
+
+    Args:
+        equal_n: theirs over ours.
+        variances: of their map over ours, at the same N.
+    """
+    times = (equal_n.ratio, equal_n.low, equal_n.high, equal_n.first)
+    ratio, low, high, first = (variances * time for time in times)
+    name = equal_n.name.replace("equal N", "equal error")
+    return Ratio(name, ratio, low, high, first, equal_n.second, f"ratio of variances {variances:.2f}")
+
+
+def speed_ratio(base: Run, trial: Run, repeats: int) -> float:
+    """How many times as fast `trial` is; a hopeless one is not repeated."""
+    base()
+    trial()
+    ratios: list[float] = []
+    while len(ratios) < repeats and (not ratios or ratios[0] >= _HOPELESS):
+        ratios.append(_seconds(base) / _seconds(trial))
+    return statistics.median(ratios)
+
+
+def seconds(run: Run, repeats: int) -> float:
+    """Median time of a run, after a first one."""
+    run()
+    return statistics.median(_seconds(run) for _ in range(repeats))
+
+
+def _seconds(run: Run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began

@@ -1,0 +1,243 @@
+"""The fastest way to ask a model that still gives the scores of plain float32, by trial on masked images.
+
+How far scores may move. A map is linear in the scores, so what rounding adds to it is the map of the
+differences. Let these be r times the scores' spread over masks (root mean squares). As far as they are
+independent of the masks, and roundings nearly are, they add r**2 to the variance of the map's sampling noise;
+what they have in common with the masks changes the map itself, by at most r of it. `TOLERANCE` is r = 0.03:
+at most 0.1 % more variance, and at the very worst 3 % of a map whose sampling noise is 10 to 25 %.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from mcrise_ray.batching import OUT_OF_MEMORY, candidates, fastest
+from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, Subject
+from mcrise_ray.loading import first_line
+from mcrise_ray.masks import draw
+from mcrise_ray.models import Model
+from mcrise_ray.precision import Execution, Precision, adapted, layout_of, network_of
+from mcrise_ray.scores import Classifier, ask
+from mcrise_ray.servers import ServerModel
+from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.timing import seconds, speed_ratio
+
+PrecisionChoice = Literal["auto", "float32"]
+BatchSizeChoice = int | Literal["auto"]
+Step = Literal["channels_last", "bfloat16", "compiled"]
+
+TOLERANCE = 0.03
+"""Of the scores' differences, over their spread: root mean squares over masks and classes."""
+
+LARGEST_DIFFERENCE = 0.05
+"""Of any score, over the largest score: no masked image may be taken for something else."""
+
+_COMPARED = 64  # masked images
+_AT_ONCE = {"cpu": 16, "cuda": 64}  # large batches fall out of a CPU's caches, small ones leave a GPU idle
+_GAIN = 1.05  # what gains less is not worth a rounding
+_REPEATS = 5
+_FEW = 1000  # masks; the trials cost a few hundred
+_SHORT = 120.0  # seconds of work; compiling costs 10 to 60
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What was chosen, and the model asked so."""
+
+    execution: Execution
+    model: Model
+
+
+def settle(
+    model: Model,
+    spec: ExplainSpec,
+    image: UInt8[np.ndarray, "h w 3"] | None = None,
+    *,
+    precision: PrecisionChoice = "auto",
+    batch_size: BatchSizeChoice = "auto",
+    masks: int | None = None,
+    memory_share: float = 0.5,
+) -> Settled:
+    """Choose precision and batch size. Weights are moved: use the model that is returned alone.
+
+    Args:
+        model: as it was loaded.
+        spec: of the masks.
+        image: one of the job's, of any size; where there is none yet, random colours stand in.
+        precision: `"float32"` changes nothing; `"auto"` tries channels_last, bfloat16 and torch.compile, each
+            on top of what was kept.
+        batch_size: `"auto"` tries several.
+        masks: how many one worker will score, where that is known: trials are not worth it for a few.
+        memory_share: of the memory that is free now, which the batches may take.
+
+    Raises:
+        MCRiseError: the model fails on masked images as it is.
+    """
+    trials = _Trials(model, spec, image, masks)
+    if network_of(model) is None:
+        trials.notes.append("float32: the model is no torch module of ours to change")
+    elif precision == "float32":
+        trials.notes.append("float32: as asked")
+    elif trials.few:
+        trials.notes.append(f"float32: {masks} masks are not worth trials")
+    else:
+        trials.try_eager()
+    size = trials.fastest_batch(memory_share) if batch_size == "auto" else batch_size
+    trials.try_compiled(size)
+    kept = trials.kept.precision.model_copy(update={"notes": tuple(trials.notes)})
+    execution = Execution(batch_size=size, threads=torch.get_num_threads(), precision=kept)
+    return Settled(execution, trials.kept.model)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model, and what is done to its network (None where that is not ours)."""
+
+    model: Model
+    network: nn.Module | None
+    precision: Precision
+
+    def scores(self, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndarray, "B C"]:
+        """All scores of images in the model's own space."""
+        return ask(self.model.input_space().function, images)
+
+
+class _Trials:
+    """What was kept so far, and the masked images that decide about more."""
+
+    def __init__(
+        self, model: Model, spec: ExplainSpec, image: UInt8[np.ndarray, "h w 3"] | None, masks: int | None
+    ) -> None:
+        prepared = model.prepare(_random_colours() if image is None else image)
+        self._images = Subject(model, prepared, spec).blend(draw(spec, 0, _COMPARED)).clone()
+        self._spec, self._masks = spec, masks
+        self._at_once = _AT_ONCE[model.device.type]
+        self._reference: np.ndarray | None = None  # scores in float32, once precision is tried
+        self.few = masks is not None and masks < _FEW
+        self.kept = _Asked(model, network_of(model), Precision())
+        self.notes: list[str] = []
+
+    def try_eager(self) -> None:
+        """Try channels_last, then bfloat16."""
+        while self._reference is None:
+            try:
+                self._reference = self._scores(self.kept, self._at_once)
+            except OUT_OF_MEMORY:
+                if self._at_once == 1:
+                    raise
+                self._at_once //= 2
+        steps: tuple[Step, ...] = ("channels_last", "bfloat16")
+        for step in steps:
+            self._try(step, self._at_once)
+
+    def try_compiled(self, batch_size: int) -> None:
+        """Try torch.compile for batches of that size, where precision is tried and there is work enough."""
+        if self._reference is None:
+            return
+        if self._masks is not None:
+            part = self._batch(self._at_once, self.kept)
+            work = seconds(lambda: self.kept.scores(part), _REPEATS) / len(part) * self._masks
+            if work < _SHORT:
+                self.notes.append(f"compiled: not tried, for {work:.0f} s of work")
+                return
+        self._try("compiled", batch_size)
+
+    def fastest_batch(self, memory_share: float) -> int:
+        """The batch size for what was kept so far."""
+        device = self.kept.model.device
+        if self.few or _is_remote(self.kept.model):
+            return min(DEFAULT_BATCH_SIZE, self._spec.masks)
+        size, why = fastest(
+            lambda count: self.kept.scores(self._batch(count, self.kept)),
+            candidates(self._spec),
+            device,
+            memory_share,
+        )
+        self.notes.append(f"batches of {size}: {why}")
+        return size
+
+    def _try(self, step: Step, batch_size: int) -> None:
+        """Keep one step more where it is faster and gives the scores of float32."""
+        kept, reference = self.kept, self._reference
+        if reference is None:
+            raise AssertionError("nothing is tried without scores in float32")
+        try:
+            trial = self._with(step, batch_size)
+            before, after = (self._batch(batch_size, asked) for asked in (kept, trial))
+            ratio = speed_ratio(lambda: kept.scores(before), lambda: trial.scores(after), _REPEATS)
+            found = f"{step}: {ratio:.2f} times as fast"
+            if ratio < _GAIN:
+                self.notes.append(f"{found}, not kept")
+                return
+            difference, largest = deviation(self._scores(trial, batch_size), reference)
+        except Exception as error:  # noqa: BLE001 - whatever a network or a compiler dislikes, float32 remains
+            self.notes.append(f"{step}: fails, {type(error).__name__}: {first_line(error)}")
+            return
+        found += f", differences {difference:.2%} of the scores' spread, {largest:.2g} of the largest score"
+        if not (difference <= TOLERANCE and largest <= LARGEST_DIFFERENCE):
+            self.notes.append(f"{found}, beyond {TOLERANCE:.0%} or {LARGEST_DIFFERENCE}, not kept")
+            return
+        self.notes.append(f"{found}, kept")
+        seen = {
+            "difference": difference,
+            "largest_difference": largest,
+            "speedup": kept.precision.speedup * ratio,
+        }
+        self.kept = replace(trial, precision=trial.precision.model_copy(update=seen))
+
+    def _with(self, step: Step, batch_size: int) -> _Asked:
+        """What was kept, with one step more."""
+        network = self.kept.network
+        if network is None:
+            raise AssertionError("only a network of ours is tried")
+        if step == "channels_last":
+            # A copy, because both are timed in turn.
+            network = copy.deepcopy(network).to(memory_format=torch.channels_last)
+        precision = self.kept.precision.model_copy(update={step: True})
+        return _Asked(adapted(self.kept.model, network, precision, batch_size), network, precision)
+
+    def _scores(self, asked: _Asked, batch_size: int) -> Float64[np.ndarray, "N C"]:
+        """The scores of all masked images, in whole batches."""
+        count = -(-_COMPARED // batch_size) * batch_size
+        batches = torch.split(self._batch(count, asked), batch_size)
+        return np.concatenate([asked.scores(batch) for batch in batches])[:_COMPARED]
+
+    def _batch(self, count: int, asked: _Asked) -> Float[Tensor, "B 3 H W"]:
+        """Masked images, again and again, as the model wants them to lie in memory."""
+        images = self._images[torch.arange(count, device=self._images.device) % _COMPARED]
+        return images.contiguous(memory_format=layout_of(asked.precision))
+
+
+def deviation(
+    scores: Float64[np.ndarray, "N C"], reference: Float64[np.ndarray, "N C"]
+) -> tuple[float, float]:
+    """Differences of scores: root mean square over the reference's spread, and largest over largest score.
+
+    Spread is the standard deviation over the N masks, its mean square taken over the C classes.
+    """
+    differences = np.abs(scores - reference)
+    if not differences.any():
+        return 0.0, 0.0
+    with np.errstate(divide="ignore"):
+        spread = np.sqrt((differences**2).mean(axis=0).sum() / reference.var(axis=0).sum())
+        largest = differences.max() / np.abs(reference).max()
+    return float(spread), float(largest)
+
+
+def _is_remote(model: Model) -> bool:
+    black_box = model.black_box
+    return isinstance(black_box.network if isinstance(black_box, Classifier) else black_box, ServerModel)
+
+
+def _random_colours() -> UInt8[np.ndarray, "h w 3"]:
+    """A smooth image of many colours."""
+    cells = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(cells).resize((256, 256), Image.Resampling.BICUBIC))

@@ -1,0 +1,162 @@
+"""What is measured against is what it claims to be, and the bench prints ratios."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import mcrise_ray as mr
+from mcrise_ray import bench
+from mcrise_ray.baselines import rise_as_published, xaitk_mc_rise
+from mcrise_ray.bench import BenchSpec, Case, cost, memory_beyond_model, prepare, variance_ratio
+from mcrise_ray.cli import app
+from mcrise_ray.jobs import Summary
+from mcrise_ray.jobspec import JobSpec
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.masks import draw
+from mcrise_ray.timing import Ratio, at_equal_error
+
+MODEL = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
+IMAGE = np.random.default_rng(0).integers(0, 256, (33, 40, 3), dtype=np.uint8)
+
+
+def black_box(images: Tensor) -> Tensor:
+    return torch.stack([images[:, 0].mean((1, 2)), images[:, 1, 5, 6]], dim=1)
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    spec = BenchSpec(
+        model=MODEL, explain=mr.ExplainSpec(masks=64), precision="float32", batch_size=16, repeats=2, seeds=3
+    )
+    return prepare(spec)
+
+
+@pytest.mark.parametrize("p_mask", [0.3, 0.5])
+@pytest.mark.parametrize("grid", [(4, 4), (8, 5)])
+def test_published_rise_gives_our_maps_of_the_same_masks(grid: tuple[int, int], p_mask: float) -> None:
+    spec = mr.ExplainSpec(method="rise", masks=250, grid=grid, p_mask=p_mask, estimator="paper")
+    image = torch.from_numpy(IMAGE).permute(2, 0, 1).float() / 255
+    theirs = rise_as_published(black_box, image, draw(spec, 0, 250), p_mask)
+    ours = mr.explain(black_box, IMAGE, [0, 1], spec)
+    np.testing.assert_allclose(theirs, ours.maps[:, 0], rtol=0, atol=1e-5)
+
+
+def test_xaitk_explains_the_same_thing() -> None:
+    """Its masks and its scale are its own, but what stands out where is the same."""
+    pytest.importorskip("xaitk_saliency", reason="needs the extra bench")
+    spec = mr.ExplainSpec(masks=600, grid=(4, 4), colors="red,blue")
+    theirs = xaitk_mc_rise(black_box, 2, IMAGE, spec)
+    ours = mr.explain(black_box, IMAGE, [0, 1], spec).maps
+    assert theirs.shape == (2, 2, 33, 40)
+    for k in range(2):
+        assert np.corrcoef(theirs[k, 1].ravel(), ours[1, k].ravel())[0, 1] > 0.6
+
+
+def test_without_xaitk_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "xaitk_saliency.impls.gen_image_classifier_blackbox_sal.mc_rise"
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(mr.MCRiseError, match=r'pip install "mcrise-ray\[bench\]"'):
+        xaitk_mc_rise(black_box, 2, IMAGE, mr.ExplainSpec(masks=10))
+
+
+def test_the_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
+    output = tmp_path / "ratios.json"
+    arguments = (
+        "bench --model blackboxes:small_network --size 20x24 -n 64 --precision float32 --batch-size 16"
+    )
+    parts = "--only overhead --only fills --only targets --repeats 2 --price-per-hour 2"
+    result = CliRunner().invoke(app, [*arguments.split(), *parts.split(), "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].startswith("blackboxes:small_network, 64 masks: float32, batches of 16")
+    number = r"\d+\.\d{3}"
+    for name in ("explain / bare forward", "K = 5 / K = 1", "K = 64 / K = 1", "L = 4 / L = 1"):
+        pattern = rf"{name} +{number}  \({number} to {number}\) +{number} s / {number} s"
+        assert any(re.fullmatch(pattern, line) for line in lines), name
+    assert any(
+        re.fullmatch(r"  .* masks/s, .* s an image of 8000 masks, which .* at 2 an hour", x) for x in lines
+    )
+    written = json.loads(output.read_text())
+    assert written["ratios"][0]["name"] == "explain / bare forward"
+    assert written["execution"]["batch_size"] == 16
+    assert BenchSpec(**written["bench"]).explain.masks == 64
+
+
+def test_a_wrong_part_is_one_line() -> None:
+    result = CliRunner().invoke(app, ["bench", "--only", "speed"])
+    assert result.exit_code == 2
+    assert "parts.0: Input should be 'overhead'" in result.output
+
+
+def test_rise_is_measured_at_equal_n_and_at_equal_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "memory_beyond_model", lambda case, spec, what: len(what) * 2**30)
+    monkeypatch.setattr(bench, "variance_ratio", lambda case, first, second: 3.0)
+    equal_n, equal_error = bench.rise(case)
+    assert equal_n.remark == "memory beyond the model's: 4.00 GiB / 4.000 GiB"
+    assert equal_error.ratio == pytest.approx(3 * equal_n.ratio)
+    assert equal_error.name == "RISE as published / ours, equal error"
+
+
+def test_xaitk_says_where_memory_ends(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {("xaitk", 64): 3 * 2**30, ("xaitk", 128): 4 * 2**30, ("ours", 64): 2**20}
+    monkeypatch.setattr(bench, "memory_beyond_model", lambda case, spec, what: peaks[what, spec.masks])
+    monkeypatch.setattr(bench, "xaitk_mc_rise", lambda *arguments: None)
+    (ratio,) = bench.xaitk(case)
+    # A GiB more for each 64 masks more.
+    assert "exceeds 24 GiB at N = 1,408" in ratio.remark
+
+
+def test_variances_are_those_over_seeds(case: Case) -> None:
+    few, many = (mr.ExplainSpec(masks=masks, estimator="paper") for masks in (64, 256))
+    assert variance_ratio(case, few, few) == 1
+    assert 2 < variance_ratio(case, few, many) < 8
+
+
+def test_actors_are_measured_through_jobs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[JobSpec] = []
+
+    def finished(job: JobSpec, reporter: object, *, overwrite: bool) -> Summary:
+        jobs.append(job)
+        assert len(list(Path(job.images[0]).glob("*.png"))) == 4
+        return Summary(4, 0, 4, 256, 6.0 / job.actors, 0)
+
+    monkeypatch.setattr(bench, "run_job", finished)
+    (ratio,) = bench.actors(case)
+    assert [job.actors for job in jobs] == [1, 2, 1, 2]
+    assert (ratio.ratio, ratio.first, ratio.second) == (2.0, 6.0, 3.0)
+
+
+def test_memory_is_measured_in_a_process_of_its_own(case: Case) -> None:
+    """All masks and masked images of published RISE: N x 4 x H x W numbers of four bytes."""
+    spec = mr.ExplainSpec(method="rise", masks=10_000, estimator="paper")
+    theirs = memory_beyond_model(case, spec, "rise")
+    assert theirs > 10_000 * 4 * 20 * 24 * 4
+    assert memory_beyond_model(case, spec, "ours") < theirs / 10
+
+
+def test_a_measurement_that_dies_says_so(case: Case) -> None:
+    bench_of = case.bench.model_copy(update={"model": ModelSpec(model="blackboxes:broken")})
+    broken = replace(case, bench=bench_of)
+    with pytest.raises(mr.MCRiseError, match="measuring the memory of ours ended with exit code 1"):
+        memory_beyond_model(broken, case.spec, "ours")
+
+
+def test_ratios_are_medians_of_pairs() -> None:
+    ratio = Ratio.of("A / B", [(2.0, 1.0), (9.0, 3.0), (4.0, 4.0)])
+    assert (ratio.ratio, ratio.low, ratio.high, ratio.first, ratio.second) == (2.0, 1.0, 3.0, 4.0, 3.0)
+    assert at_equal_error(Ratio.of("x, equal N", [(2.0, 1.0)]), 2.5).ratio == 5.0
+
+
+def test_what_an_image_costs() -> None:
+    assert cost(100, None) == "100.0 masks/s, 80.0 s an image of 8000 masks"
+    assert cost(100, 3.6) == "100.0 masks/s, 80.0 s an image of 8000 masks, which costs 0.08 at 3.6 an hour"

@@ -1,0 +1,325 @@
+"""Precision and batch size are chosen by trial, kept where they do no harm, and applied alike everywhere."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mcrise_ray as mr
+from mcrise_ray import batching, memory, precision, timing, tuning
+from mcrise_ray.batching import candidates, fastest
+from mcrise_ray.explainer import Subject
+from mcrise_ray.masks import draw
+from mcrise_ray.memory import forget_peak, free_memory, peak_memory
+from mcrise_ray.models import Model
+from mcrise_ray.precision import Execution, Precision, apply
+from mcrise_ray.preprocess import Preprocessing
+from mcrise_ray.scores import Classifier, ask
+from mcrise_ray.timing import speed_ratio
+from mcrise_ray.tuning import deviation, settle
+
+SPEC = mr.ExplainSpec(masks=2000, grid=(4, 4))
+SIZE = (24, 24)
+IMAGE = np.random.default_rng(1).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+class Scripted(nn.Module):
+    """A network that is slower, or drifts, as the test says.
+
+    Args:
+        slow_unless: what makes it fast: `bfloat16`, `channels_last`, or `compiled` (not it itself).
+        drift: what autocast does to its logits.
+    """
+
+    def __init__(self, slow_unless: str | None = None, drift: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+            nn.init.normal_(self.head.weight, std=5)
+        self.slow_unless, self.drift = slow_unless, drift
+
+    def forward(self, images: Tensor) -> Tensor:
+        autocast = torch.is_autocast_enabled("cpu")
+        last = images.is_contiguous(memory_format=torch.channels_last)
+        fast = {"bfloat16": autocast, "channels_last": last, "compiled": False, None: True}[self.slow_unless]
+        time.sleep(0.0 if fast else 0.02)
+        logits = self.head(self.conv(images).relu().mean(dim=(2, 3)))
+        return logits + self.drift * autocast * torch.arange(5) * images[:, 0].mean((1, 2))[:, None]
+
+
+def model_of(network: nn.Module) -> Model:
+    preprocessing = Preprocessing(size=SIZE)
+    black_box = Classifier(network.eval(), preprocessing.mean, preprocessing.std)
+    return Model(black_box, preprocessing, 5, (), torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes many seconds: tests that are about it ask for `compiler`."""
+
+    def refuse(*args, **kwargs) -> None:
+        raise RuntimeError("no compiler here\nno, really")
+
+    if "compiler" not in request.fixturenames:
+        monkeypatch.setattr(torch, "compile", refuse)
+
+
+@pytest.fixture
+def compiler() -> None:
+    """The real torch.compile."""
+
+
+def masked(model: Model, count: int) -> Tensor:
+    return Subject(model, IMAGE, SPEC).blend(draw(SPEC, 0, count)).clone()
+
+
+def scores(model: Model, images: Tensor) -> np.ndarray:
+    return ask(model.input_space().function, images)
+
+
+def test_what_is_faster_and_as_good_is_kept() -> None:
+    settled = settle(model_of(Scripted("bfloat16")), SPEC, IMAGE, batch_size=8)
+    chosen = settled.execution.precision
+    assert chosen.bfloat16
+    assert not chosen.compiled
+    assert chosen.speedup > 2
+    assert 0 < chosen.difference < tuning.TOLERANCE
+    assert "times as fast as float32" in str(chosen)
+    assert any(re.match(r"bfloat16: .* kept$", note) for note in chosen.notes)
+
+
+def test_scores_that_drift_keep_float32() -> None:
+    model = model_of(Scripted("bfloat16", drift=1.0))
+    images = masked(model, 8)
+    before = scores(model, images)
+    settled = settle(model, SPEC, IMAGE, batch_size=8)
+    chosen = settled.execution.precision
+    assert not chosen.bfloat16
+    assert any("bfloat16" in note and "beyond 3%" in note and "not kept" in note for note in chosen.notes)
+    np.testing.assert_allclose(scores(settled.model, images), before, rtol=0, atol=1e-6)
+
+
+def test_what_is_not_faster_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "speed_ratio", lambda base, trial, repeats: 1.04)
+    settled = settle(model_of(Scripted()), SPEC, IMAGE, batch_size=8)
+    assert settled.execution.precision.is_float32
+    assert sum("1.04 times as fast, not kept" in note for note in settled.execution.precision.notes) == 2
+
+
+def test_channels_last_is_tried_on_a_copy_and_then_blended_so() -> None:
+    model = model_of(Scripted("channels_last"))
+    before = scores(model, masked(model, 8))
+    settled = settle(model, SPEC, IMAGE, batch_size=8)
+    assert settled.execution.precision.channels_last
+    images = Subject(settled.model, IMAGE, SPEC).blend(draw(SPEC, 0, 8))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(scores(settled.model, images), before, rtol=0, atol=1e-2)
+    assert scores(model, masked(model, 8)).tolist() == before.tolist()
+
+
+def test_no_compiler_is_a_note() -> None:
+    settled = settle(model_of(Scripted()), SPEC, IMAGE, batch_size=8)
+    assert "compiled: fails, RuntimeError: no compiler here" in settled.execution.precision.notes
+    assert not settled.execution.precision.compiled
+
+
+def test_only_whole_batches_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Fast(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.conv, self.head = network.conv, network.head
+
+        def forward(self, images: Tensor) -> Tensor:
+            asked.append(len(images))
+            return self.head(self.conv(images).relu().mean(dim=(2, 3)))
+
+    monkeypatch.setattr(torch, "compile", lambda network, **options: Fast(network))
+    settled = settle(model_of(Scripted("compiled")), SPEC, IMAGE, batch_size=10)
+    assert settled.execution.precision.compiled
+    whole = scores(settled.model, masked(settled.model, 10))
+    part = scores(settled.model, masked(settled.model, 7))
+    np.testing.assert_allclose(part, whole[:7], rtol=0, atol=1e-6)
+    assert set(asked) == {10}
+
+
+def test_little_work_is_not_compiled_and_less_not_tried() -> None:
+    some = settle(model_of(Scripted()), SPEC, IMAGE, batch_size=8, masks=2000).execution.precision
+    assert any(re.fullmatch(r"compiled: not tried, for \d+ s of work", note) for note in some.notes)
+    few = settle(model_of(Scripted("bfloat16")), SPEC, IMAGE, masks=100).execution
+    assert few.precision.notes == ("float32: 100 masks are not worth trials",)
+    assert few.batch_size == 64
+
+
+def test_float32_is_always_there() -> None:
+    settled = settle(model_of(Scripted("bfloat16")), SPEC, IMAGE, precision="float32", batch_size=8)
+    assert settled.execution.precision == Precision(notes=("float32: as asked",))
+    assert str(settled.execution) == f"float32, batches of 8, threads {torch.get_num_threads()}"
+
+
+def test_a_foreign_black_box_is_not_ours_to_change() -> None:
+    model = replace(model_of(Scripted()), black_box=lambda images: images.mean((2, 3)))
+    settled = settle(model, SPEC, batch_size="auto")
+    assert settled.model is model
+    assert settled.execution.precision.is_float32
+    assert "no torch module of ours" in settled.execution.precision.notes[0]
+    assert 64 % settled.execution.batch_size == 0
+
+
+def test_an_execution_survives_json_and_pickle() -> None:
+    execution = settle(model_of(Scripted("bfloat16")), SPEC, IMAGE, batch_size=8).execution
+    assert Execution.model_validate_json(execution.model_dump_json()) == execution
+    assert pickle.loads(pickle.dumps(execution)) == execution
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_two_workers_get_the_same_bits_as_the_one_that_settled(channels_last: bool, bfloat16: bool) -> None:
+    execution = Execution(
+        batch_size=8, threads=1, precision=Precision(channels_last=channels_last, bfloat16=bfloat16)
+    )
+    maps = []
+    for _ in range(2):
+        model = apply(model_of(Scripted()), execution)
+        result = mr.explain(model, IMAGE, [0, 3], mr.ExplainSpec(masks=100), batch_size=8)
+        maps.append(result.maps)
+    np.testing.assert_array_equal(maps[0], maps[1])
+
+
+def test_a_plan_that_this_machine_cannot_follow_is_an_error() -> None:
+    execution = Execution(batch_size=8, threads=1, precision=Precision(compiled=True))
+    with pytest.raises(mr.MCRiseError, match="no compiler here; use machines of one kind, or --precision"):
+        apply(model_of(Scripted()), execution)
+    foreign = replace(model_of(Scripted()), black_box=lambda images: images.mean((2, 3)))
+    with pytest.raises(mr.MCRiseError, match="it is no torch module; use machines"):
+        apply(foreign, execution)
+
+
+def test_applying_float32_changes_nothing_but_the_threads() -> None:
+    model = model_of(Scripted())
+    assert apply(model, Execution(batch_size=8, threads=1)) is model
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_model_is_compiled_once_and_gives_the_same_bits_to_every_worker() -> None:
+    from torch._dynamo.utils import counters
+
+    def network() -> nn.Module:
+        scripted = Scripted()
+        return nn.Sequential(scripted.conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), scripted.head)
+
+    execution = Execution(batch_size=8, threads=1, precision=Precision(channels_last=True, compiled=True))
+    parts = ((0, 8), (8, 16), (16, 21), (16, 24), (3, 4))
+    plain = model_of(network())
+    expected = scores(plain, masked(plain, 24))
+    found = []
+    for _ in range(2):
+        model = apply(model_of(network()), execution)
+        compiled = counters["stats"]["unique_graphs"]
+        assert compiled > 0
+        images = Subject(model, IMAGE, SPEC).blend(draw(SPEC, 0, 24))
+        found.append([scores(model, images[a:b]) for a, b in parts])
+        assert counters["stats"]["unique_graphs"] == compiled
+    for (a, b), first, second in zip(parts, *found, strict=True):
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_allclose(first, expected[a:b], rtol=0, atol=1e-5)
+
+
+def test_deviation_is_of_the_spread() -> None:
+    reference = np.array([[0.0, 1.0], [1.0, 0.0]])
+    assert deviation(reference, reference) == (0.0, 0.0)
+    assert deviation(reference + 0.1, reference) == pytest.approx((0.2, 0.1))
+    assert deviation(np.full((2, 2), 0.6), np.full((2, 2), 0.5))[0] == np.inf
+
+
+@pytest.mark.parametrize("masks", [1, 10, 63, 500, 4000, 8000, 10_000, 10**6])
+def test_batches_fill_units(masks: int) -> None:
+    from mcrise_ray.plan import unit_size
+
+    spec = mr.ExplainSpec(masks=masks)
+    sizes = candidates(spec)
+    assert sizes == sorted(set(sizes))
+    assert all(min(unit_size(spec), masks) % size == 0 for size in sizes)
+    assert sizes[-1] <= 1024
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands still unless a test moves it."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def priced(seconds: dict[int, float], clock: list[float], asked: list[int]):
+    def ask(size: int) -> None:
+        asked.append(size)
+        if size not in seconds:
+            raise MemoryError(f"{size} images")
+        clock[0] += seconds[size]
+
+    return ask
+
+
+def test_the_fastest_batch_is_chosen_and_the_search_stops(clock: list[float]) -> None:
+    asked: list[int] = []
+    ask = priced({8: 0.02, 16: 0.02, 32: 0.03, 64: 0.09, 128: 0.3, 256: 1.0}, clock, asked)
+    size, why = fastest(ask, [8, 16, 32, 64, 128, 256], torch.device("cpu"), 0.5)
+    assert (size, why) == (32, "128 images at once are no faster")
+    assert 256 not in asked
+
+
+def test_a_batch_that_does_not_fit_ends_the_search(clock: list[float]) -> None:
+    size, why = fastest(priced({8: 0.02, 16: 0.02}, clock, []), [8, 16, 32], torch.device("cpu"), 0.5)
+    assert (size, why) == (16, "32 images do not fit into memory")
+
+
+def test_the_memory_bound_ends_the_search(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = iter([100, 180, 260, 420, 740])
+    monkeypatch.setattr(batching, "peak_memory", lambda device: next(peak) * 2**20)
+    monkeypatch.setattr(batching, "free_memory", lambda device: 1000 * 2**20)
+    ask = priced(dict.fromkeys((8, 16, 32, 64), 0.01), clock, [])
+    size, why = fastest(ask, [8, 16, 32, 64], torch.device("cpu"), 0.5)
+    assert (size, why) == (32, "64 images might take 0.6 GiB, more than 0.5 GiB")
+
+
+def test_free_memory_minds_the_limit_of_a_container(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    unlimited = free_memory(torch.device("cpu"))
+    assert unlimited > 2**20
+    (tmp_path / "memory.current").write_text("3000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(torch.device("cpu")) > 2**20
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert free_memory(torch.device("cpu")) == 2000
+
+
+def test_a_peak_is_seen_and_forgotten() -> None:
+    forget_peak()
+    before = peak_memory()
+    np.ones(2**25).sum()
+    assert 2**27 < peak_memory() - before < 2**29
+    forget_peak()
+    assert peak_memory() - before < 2**27
+
+
+def test_a_hopeless_trial_is_cut_short(clock: list[float]) -> None:
+    asked: list[int] = []
+    ask = priced({1: 0.1, 2: 0.2}, clock, asked)
+    assert speed_ratio(lambda: ask(1), lambda: ask(2), 5) == pytest.approx(0.5)
+    assert asked == [1, 2, 1, 2]
+
+
+def test_the_numbers_of_an_execution_are_checked() -> None:
+    with pytest.raises(mr.MCRiseError, match="batch_size: Input should be greater than or equal to 1"):
+        Execution(batch_size=0, threads=1)
+    assert precision.Precision().is_float32
