@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sized
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
-from mcrise_ray import scores, worker
+from mcrise_ray import scores
 from mcrise_ray.cli import app
 from mcrise_ray.errors import ImageError
 from mcrise_ray.forecast import Plan, Probe, output_bytes, plan_job, probe_job, seconds_needed
@@ -20,7 +21,7 @@ from mcrise_ray.jobfiles import load_job
 from mcrise_ray.jobs import run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
-from mcrise_ray.plan import Unit
+from mcrise_ray.plan import unit_count
 from mcrise_ray.spec import ExplainSpec
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
@@ -58,27 +59,23 @@ def job(images: Path, output: Path, **changes: object) -> JobSpec:
 
 def test_the_plan_is_what_the_job_does(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "a.png").unlink()
-    spec = job(folder, tmp_path / "out", targets=(0, "top2"), standard_error=True, batch_size=48)
+    plain = {"batch_size": 48, "precision": "float32"}
+    spec = job(folder, tmp_path / "out", targets=(0, "top2"), standard_error=True, **plain)
     plan = plan_job(spec)
     calls: list[int] = []
-    score = scores.ask
 
-    def ask(function: object, images: object) -> object:
-        calls.append(len(images))
-        return score(function, images)
+    def counted(ask: Callable[..., object]) -> Callable[..., object]:
+        def asked(function: object, images: Sized) -> object:
+            calls.append(len(images))
+            return ask(function, images)
 
-    units: list[int] = []
-    run_unit = worker.run_unit
+        return asked
 
-    def run(subject: object, unit: Unit, *rest: object) -> object:
-        units.append(len(unit))
-        return run_unit(subject, unit, *rest)
-
-    monkeypatch.setattr("mcrise_ray.explainer.ask", ask)
-    monkeypatch.setattr("mcrise_ray.worker.run_unit", run)
-    run_job(spec, Silent())
+    monkeypatch.setattr("mcrise_ray.explainer.ask", counted(scores.ask))
+    monkeypatch.setattr("mcrise_ray.pipeline.launch", counted(scores.launch))
+    summary = run_job(spec, Silent())
     results = mr.read_results(str(tmp_path / "out"))
-    assert (plan.units, plan.masks) == (len(units), sum(units))
+    assert (plan.units, plan.masks) == (2 * unit_count(spec.explain), summary.masks)
     assert plan.model_calls == len(calls)
     assert len(results) <= plan.rows == 6
     probe = Probe("cpu", (20, 24), 100.0, 1.0)
