@@ -19,12 +19,15 @@ from mcrise_ray.errors import ModelError, ScoreError, TargetError
 
 BlackBox = Callable[[Tensor], Any]
 Activation = Literal["softmax", "sigmoid", "none"]
+Answer = Literal["scores", "embeddings"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits, dim=1),
     "sigmoid": torch.sigmoid,
     "none": lambda scores: scores,
 }
+
+_AXES: dict[Answer, str] = {"scores": "classes", "embeddings": "dimensions"}
 
 
 class Classifier(nn.Module):
@@ -120,8 +123,15 @@ def device_of(black_box: BlackBox) -> torch.device:
     return torch.device("cpu")
 
 
-def ask(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndarray, "B C"]:
-    """All scores of a batch, on the CPU in float64.
+def ask(
+    function: BlackBox, images: Float[Tensor, "B 3 H W"], *, kind: Answer = "scores"
+) -> Float64[np.ndarray, "B C"]:
+    """All scores, or whole embeddings, of a batch, on the CPU in float64.
+
+    Args:
+        function: what is asked.
+        images: in its space.
+        kind: what it is expected to return, for the messages.
 
     Raises:
         ModelError: the black box raised.
@@ -140,14 +150,15 @@ def ask(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndar
     tensor = torch.as_tensor(answer)
     if tensor.ndim != 2 or len(tensor) != len(images):
         raise ScoreError(
-            f"expected scores of shape ({len(images)}, classes) from the model, found {tuple(tensor.shape)}"
+            f"expected {kind} of shape ({len(images)}, {_AXES[kind]}) from the model, "
+            f"found {tuple(tensor.shape)}"
         )
     # A copy: the black box may have returned a view of the batch, which the next call overwrites.
     scores = tensor.detach().double().cpu().numpy().copy()
     if not np.isfinite(scores).all():
         bad = int((~np.isfinite(scores).all(axis=1)).sum())
         raise ScoreError(
-            f"expected finite scores, found NaN or infinity for {bad} of {len(images)} images; "
+            f"expected finite {kind}, found NaN or infinity for {bad} of {len(images)} images; "
             "check the model's weights, normalisation and precision"
         )
     return scores
