@@ -5,7 +5,10 @@ from __future__ import annotations
 import jaxtyping
 
 # Before anything else imports them: every shape in a signature of the numerics becomes a check.
-_NUMERICS = ("masks", "blend", "saliency", "scores", "models", "explainer")
+_NUMERICS = (
+    *("masks", "blend", "saliency", "scores", "models", "explainer"),
+    *("reid", "identity", "matching", "embedders"),
+)
 _hook = jaxtyping.install_import_hook([f"mcrise_ray.{name}" for name in _NUMERICS], "beartype.beartype")
 
 import numpy as np  # noqa: E402

@@ -18,6 +18,9 @@ ORDER = [
     "blend",
     "saliency",
     "scores",
+    "reid",
+    "identity",
+    "matching",
     "preprocess",
     "layout",
     "servers",
@@ -25,6 +28,7 @@ ORDER = [
     "zoo",
     "programs",
     "models",
+    "embedders",
     "files",
     "decode",
     "shards",
@@ -32,6 +36,8 @@ ORDER = [
     "plan",
     "explainer",
     "store",
+    "embed",
+    "gallery",
     "dispatch",
     "targets",
     "worker",
@@ -43,7 +49,7 @@ ORDER = [
     "cli",
 ]
 
-ALLOWED = {"ray": {"cluster", "jobs"}, "pyarrow": {"store", "files", "shards"}}
+ALLOWED = {"ray": {"cluster", "jobs"}, "pyarrow": {"store", "files", "shards", "gallery"}}
 
 
 def imports(path: Path) -> set[str]:
