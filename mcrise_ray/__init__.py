@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mcrise_ray import masks as masks
     from mcrise_ray.decode import DecodeOptions as DecodeOptions
+    from mcrise_ray.embedders import Embedder as Embedder
+    from mcrise_ray.embedders import load_embedder as load_embedder
     from mcrise_ray.errors import MCRiseError as MCRiseError
     from mcrise_ray.explainer import Explanation as Explanation
     from mcrise_ray.explainer import explain as explain
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from mcrise_ray.models import Model as Model
     from mcrise_ray.models import load_model as load_model
     from mcrise_ray.preprocess import Preprocessing as Preprocessing
+    from mcrise_ray.reid import Similarity as Similarity
+    from mcrise_ray.reid import embeddings_of as embeddings_of
+    from mcrise_ray.reid import reid_spec as reid_spec
+    from mcrise_ray.reid import similarity as similarity
     from mcrise_ray.scores import Classifier as Classifier
     from mcrise_ray.spec import ExplainSpec as ExplainSpec
     from mcrise_ray.store import read_results as read_results
@@ -29,6 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Classifier": "scores",
     "DecodeOptions": "decode",
+    "Embedder": "embedders",
     "ExplainSpec": "spec",
     "Explanation": "explainer",
     "ImageSource": "images",
@@ -37,11 +44,16 @@ _HOMES = {
     "Model": "models",
     "ModelSpec": "loading",
     "Preprocessing": "preprocess",
+    "Similarity": "reid",
+    "embeddings_of": "reid",
     "explain": "explainer",
+    "load_embedder": "embedders",
     "load_model": "models",
     "read_image": "images",
     "read_results": "store",
+    "reid_spec": "reid",
     "run_job": "jobs",
+    "similarity": "reid",
 }
 
 __all__ = sorted([*_HOMES, "masks"])  # noqa: PLE0605 - the names are the table's keys

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mcrise_ray as mr
+from mcrise_ray import render
 from mcrise_ray.errors import ModelError, ScoreError, SpecError, TargetError
 from mcrise_ray.identity import Identities, Protocol
 from mcrise_ray.masks import draw
@@ -136,6 +137,7 @@ def test_an_embedder_of_ours_is_asked_in_its_own_space() -> None:
     foreign = similarity(normalised.forward, embeddings_of(normalised, query)[0], matches)
     ours, theirs = (mr.explain(box, query[0], targets=[0, 1], spec=SPEC) for box in (black_box, foreign))
     np.testing.assert_allclose(ours.maps, theirs.maps, atol=1e-4)
+    np.testing.assert_allclose(ours.score, math.exp(-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["euclidean", "cosine"])
@@ -178,3 +180,41 @@ def test_cosine_distance_to_nothing_is_one() -> None:
     assert float(distance(np.zeros(3), np.ones(3), "cosine")) == 1
     assert float(distance(np.zeros(3), np.zeros(3), "cosine")) == 1
     assert float(distance(np.array([1.0, 0]), np.array([-2.0, 0]), "cosine")) == 2
+
+
+def test_a_figure_shows_the_query_its_match_and_one_map_per_colour() -> None:
+    maps = np.random.default_rng(0).normal(size=(2, 5, H, W)).astype(np.float32)
+    query, first, second = pictures(3, 3)
+    rows = [
+        render.FigureRow("query", "mc-rise", SPEC.colors, maps[0], 0.2, ("correct", first)),
+        render.FigureRow("query", "mc-rise", SPEC.colors, maps[1], None, ("wrong", second)),
+    ]
+    figure = render.draw(query, rows)
+    pictures_of = [axis for axis in figure.axes if axis.images]
+    names = ["red", "green", "blue", "white", "black"]
+    assert [axis.get_title() for axis in pictures_of] == [
+        "query",
+        "correct",
+        *names,
+        "query",
+        "wrong",
+        *names,
+    ]
+    shown = [axis.images[0].get_array() for axis in pictures_of]
+    np.testing.assert_array_equal(shown[1], first)
+    np.testing.assert_array_equal(shown[8], second)
+    np.testing.assert_array_equal(shown[9 + 4], maps[1, 4])
+    bars = [axis.get_ylabel() for axis in figure.axes if not axis.images and axis.get_ylabel()]
+    assert bars[0] == "change of the similarity\nwhen a pixel takes the colour\nrelative error 0.20"
+    assert bars[1] == "change of the similarity\nwhen a pixel takes the colour"
+    assert render.to_png(figure).startswith(b"\x89PNG")
+
+
+def test_swatches_stay_below_their_names_whatever_the_shape_of_the_image() -> None:
+    for size in ((60, 20), (20, 20), (20, 60)):
+        row = render.FigureRow("query", "mc-rise", SPEC.colors, np.ones((5, *size), np.float32), None)
+        figure = render.draw(np.zeros((*size, 3), np.uint8), [row])
+        figure.canvas.draw()
+        for axis in (axis for axis in figure.axes if axis.patches):
+            swatch, name = axis.patches[0].get_window_extent(), axis.title.get_window_extent()
+            assert 0 < swatch.y1 <= name.y0 + 1
