@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mcrise_ray import masks as masks
     from mcrise_ray.decode import DecodeOptions as DecodeOptions
+    from mcrise_ray.embedders import Embedder as Embedder
+    from mcrise_ray.embedders import load_embedder as load_embedder
     from mcrise_ray.errors import MCRiseError as MCRiseError
     from mcrise_ray.explainer import explain as explain
     from mcrise_ray.images import ImageSource as ImageSource
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from mcrise_ray.models import load_model as load_model
     from mcrise_ray.preprocess import Preprocessing as Preprocessing
     from mcrise_ray.reduction import Explanation as Explanation
+    from mcrise_ray.reid import Similarity as Similarity
+    from mcrise_ray.reid import embeddings_of as embeddings_of
+    from mcrise_ray.reid import reid_spec as reid_spec
+    from mcrise_ray.reid import similarity as similarity
     from mcrise_ray.results import read_results as read_results
     from mcrise_ray.scores import Classifier as Classifier
     from mcrise_ray.spec import ExplainSpec as ExplainSpec
@@ -33,6 +39,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Classifier": "scores",
     "DecodeOptions": "decode",
+    "Embedder": "embedders",
     "ExplainSpec": "spec",
     "Explanation": "reduction",
     "ImageSource": "images",
@@ -41,14 +48,19 @@ _HOMES = {
     "Model": "models",
     "ModelSpec": "loading",
     "Preprocessing": "preprocess",
+    "Similarity": "reid",
+    "embeddings_of": "reid",
     "explain": "explainer",
     "find_job": "submission",
     "list_jobs": "submission",
+    "load_embedder": "embedders",
     "load_job": "jobfiles",
     "load_model": "models",
     "read_image": "images",
     "read_results": "results",
+    "reid_spec": "reid",
     "run_job": "jobs",
+    "similarity": "reid",
     "submit_job": "submission",
 }
 

@@ -75,6 +75,28 @@ def open_arrow(location: str) -> pyarrow.NativeFile:
         raise unreadable(error) from error
 
 
+def write_whole(filesystem: pyarrow.fs.FileSystem, path: str, content: bytes | pyarrow.Buffer) -> None:
+    """Write a whole file or none: by renaming on a file system, by the single put of an object store.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
+    written = f"{path}.tmp-{os.getpid()}" if local else path
+    try:
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with filesystem.open_output_stream(written) as stream:
+            stream.write(content)
+        if local:
+            with open(written, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(written, path)
+    except OSError:
+        if local and os.path.exists(written):
+            os.unlink(written)
+        raise
+
+
 def kind_of(location: str) -> str:
     """`"file"`, `"folder"` or `"missing"`.
 

@@ -31,6 +31,8 @@ SUFFIXES: Final = frozenset(
 
 IMAGE_FOLDER: Final = "imagefolder:"
 
+_COLUMNS: Final = ("uri", "label", "target", "pid", "camid")  # of a manifest
+
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -43,6 +45,7 @@ class ImageRef:
         uri: where its bytes are; see `read_image`.
         label: its true class, by index or by name, where known.
         targets: the classes to explain that its manifest asks for, by index or by name.
+        pid, camid: the person on it and the camera, where its manifest tells; see `mcrise_ray.identity`.
         problem: why it cannot be explained, where listing it showed that; it gets an error row.
     """
 
@@ -50,6 +53,8 @@ class ImageRef:
     uri: str
     label: int | str | None = None
     targets: tuple[int | str, ...] = ()
+    pid: int | None = None
+    camid: int | None = None
     problem: str | None = None
 
 
@@ -64,7 +69,7 @@ class ImageSource:
             | a file | as given | |
             | a folder, searched recursively for `SUFFIXES` | path below the folder | |
             | `imagefolder:FOLDER` | path below the folder | place of its class folder among them, sorted |
-            | `FILE.csv`, `FILE.parquet`: `uri`, optional `label`, `target` | `uri` as written | `label` |
+            | `FILE.csv`, `FILE.parquet`: `uri`, perhaps `label`, `target` | `uri` as written | `label` |
             | `FILE.parquet` with encoded images `{bytes, path}` | `path`, or `row=N` | `label` |
             | `FILE.tar`, a WebDataset shard | `SHARD/MEMBER` | of its `.cls`, or `label` of its `.json` |
             | `torchvision:GTSRB?root=...&split=test` | index in the dataset | its target |
@@ -75,6 +80,7 @@ class ImageSource:
 
     Relative `uri`s start at the manifest's folder. A label or target is an index where it is written as a
     whole number, a class name otherwise; several targets are separated by `|`, or a list in Parquet.
+    For re-identification a manifest has `pid` and `camid`, whole numbers.
 
     Whatever goes wrong in the middle of a listing (a manifest's row, a shard, a folder that cannot be read)
     comes as an `ImageRef` with a `problem`.
@@ -249,8 +255,9 @@ def _csv_reader(file: Any) -> Any:
 def _csv_columns(reader: Any) -> list[int | None]:
     header = [name.strip().lower() for name in next(reader, [])]
     if "uri" not in header:
-        raise ImageError(f"expected a first line with the columns uri[,label][,target], found {header}")
-    return [header.index(name) if name in header else None for name in ("uri", "label", "target")]
+        expected = "".join(f"[,{name}]" for name in _COLUMNS[1:])
+        raise ImageError(f"expected a first line with the columns uri{expected}, found {header}")
+    return [header.index(name) if name in header else None for name in _COLUMNS]
 
 
 def _list_parquet(location: str) -> Iterator[ImageRef]:
@@ -265,15 +272,14 @@ def _list_parquet(location: str) -> Iterator[ImageRef]:
     for batch in shards.batches(file, columns):
         values = {name: batch.column(name).to_pylist() for name in columns}
         missing = [None] * len(batch)
-        rows = zip(values["uri"], values.get("label", missing), values.get("target", missing), strict=True)
-        for uri, label, target in rows:
-            yield _manifest_ref(f"{location}#row={next(numbers)}", base, uri, label, target)
+        for row in zip(*(values.get(name, missing) for name in _COLUMNS), strict=True):
+            yield _manifest_ref(f"{location}#row={next(numbers)}", base, *row)
 
 
 def _parquet_columns(schema: Any) -> list[str]:
     """The columns to read: those of a manifest, or the one with encoded images."""
     if "uri" in schema.names:
-        return [name for name in ("uri", "label", "target") if name in schema.names]
+        return [name for name in _COLUMNS if name in schema.names]
     column = shards.image_column(schema)
     if column is None:
         raise ImageError(
@@ -283,14 +289,15 @@ def _parquet_columns(schema: Any) -> list[str]:
     return [column]
 
 
-def _manifest_ref(where: str, base: str, uri: Any, label: Any, target: Any) -> ImageRef:
+def _manifest_ref(where: str, base: str, uri: Any, label: Any, target: Any, pid: Any, camid: Any) -> ImageRef:
     if not isinstance(uri, str) or not uri:
         return _bad_row(where, f"expected a uri, found {uri!r}")
     location = files.join(base, uri)
     if not uri.isascii():
         uri, location = files.printable(uri), files.location_of(location)
     try:
-        return ImageRef(uri, location, _label(label), _manifest_targets(target))
+        identity = _number("pid", pid), _number("camid", camid)
+        return ImageRef(uri, location, _label(label), _manifest_targets(target), *identity)
     except ValueError as error:
         return ImageRef(uri, location, problem=f"{files.shown(where)}: {error}")
 
@@ -312,6 +319,16 @@ def _label(value: Any) -> int | str | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise ValueError(f"expected a class index or a class name, found {value!r}")
     return int(value)
+
+
+def _number(column: str, value: Any) -> int | None:
+    try:
+        number = _label(value)
+    except ValueError:
+        number = str(value)
+    if isinstance(number, str):
+        raise ValueError(f"expected a whole number as {column}, found {value!r}")
+    return number
 
 
 def _manifest_targets(value: Any) -> tuple[int | str, ...]:

@@ -7,9 +7,9 @@ network in training mode is an error at once, and not a folder of wrong maps.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,6 +22,15 @@ from mcrise_ray.loading import FORMS, NO_NORMALISATION, Loaded, ModelSpec, read_
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.scores import BlackBox, Classifier, InputSpace, ask, input_space
 from mcrise_ray.servers import ServerModel, ServerUrl, is_server
+
+Loader = Callable[[ModelSpec, torch.device], Loaded]
+
+_CLASSIFIERS: Final[Mapping[str, Loader]] = {
+    "torchvision": zoo.load_torchvision,
+    "timm": zoo.load_timm,
+    "hf": zoo.load_huggingface,
+}
+_LIBRARIES: Final = frozenset({"torchvision", "timm", "hf", "torchreid"})  # never modules of a factory
 
 _SLACK = 1e-3  # of a probability, and of a sum of probabilities
 _AGREEMENT = 0.05  # between batches of one and of two, of the largest score: int8 networks come near it
@@ -114,12 +123,9 @@ def load_model(model: str | ModelSpec, **settings: Any) -> Model:
         SpecError: a setting is unknown or out of range.
     """
     spec = model if isinstance(model, ModelSpec) else ModelSpec(model=model, **settings)
-    load = _loader_of(spec.model)
-    if spec.args and load is not zoo.load_factory:
-        raise ModelError(f"--model-arg is for package.module:factory, found {', '.join(spec.args)}")
-    loaded = load(spec, _device(spec.device))
-    preprocessing = _resolved(loaded.preprocessing, spec.preprocessing)
-    black_box = _black_box(loaded.network, preprocessing)
+    loaded = load_network(spec, _CLASSIFIERS, FORMS)
+    preprocessing = resolved(loaded.preprocessing, spec.preprocessing)
+    black_box = wrapped(loaded.network, preprocessing)
     classes = _check(black_box, preprocessing, loaded, spec)
     names = read_class_names(spec.classes) if spec.classes else loaded.class_names
     if names and len(names) != classes:
@@ -136,39 +142,24 @@ def facts(spec: ModelSpec, model: Model) -> ModelFacts:
     return ModelFacts(spec.model, device, model.classes, model.preprocessing)
 
 
-def _device(asked: str | None) -> torch.device:
-    try:
-        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ModelError(f"expected --device cuda, cuda:1 or cpu, found {asked!r}") from None
-    if device.type not in {"cpu", "cuda"}:
-        raise ModelError(f"expected --device cuda, cuda:1 or cpu, found {asked!r}")
-    return device
+def load_network(spec: ModelSpec, named: Mapping[str, Loader], forms: str) -> Loaded:
+    """The network of a model string, before anything is known of its output.
+
+    Args:
+        spec: which model.
+        named: loaders of `PREFIX:NAME`.
+        forms: of model strings, for the message.
+
+    Raises:
+        ModelError: it cannot be built or loaded.
+    """
+    load = _loader_of(spec.model, named, forms)
+    if spec.args and load is not zoo.load_factory:
+        raise ModelError(f"--model-arg is for package.module:factory, found {', '.join(spec.args)}")
+    return load(spec, _device(spec.device))
 
 
-def _loader_of(model: str) -> Callable[[ModelSpec, torch.device], Loaded]:
-    path = model.partition("?")[0]
-    prefix, separator, rest = path.partition(":")
-    named = {"torchvision": zoo.load_torchvision, "timm": zoo.load_timm, "hf": zoo.load_huggingface}
-    if is_server(model):
-        return _load_server
-    if separator and rest and prefix in named:
-        return named[prefix]
-    if path.endswith(".pt2"):
-        return programs.load_exported
-    if path.endswith(".onnx"):
-        return programs.load_onnx
-    if rest.isidentifier() and all(part.isidentifier() for part in prefix.split(".")):
-        return zoo.load_factory
-    raise ModelError(f"expected --model {FORMS}, found {model!r}")
-
-
-def _load_server(spec: ModelSpec, device: torch.device) -> Loaded:
-    server = ServerModel(ServerUrl.parse(spec.model))
-    return Loaded(server, server.layout.preprocessing(), torch.device("cpu"))
-
-
-def _resolved(own: dict[str, Any], asked: dict[str, Any]) -> Preprocessing:
+def resolved(own: dict[str, Any], asked: dict[str, Any]) -> Preprocessing:
     """The model's own preprocessing with what was asked instead."""
     if "input_range" in asked and not {"mean", "std"} & asked.keys():
         own = {**own, **NO_NORMALISATION}
@@ -179,13 +170,45 @@ def _resolved(own: dict[str, Any], asked: dict[str, Any]) -> Preprocessing:
     return Preprocessing(**{**own, **asked})
 
 
-def _black_box(network: BlackBox, preprocessing: Preprocessing) -> BlackBox:
+def wrapped(network: BlackBox, preprocessing: Preprocessing) -> BlackBox:
     """The network with its normalisation and activation, or as it is where it needs neither."""
     mean, std = preprocessing.mean_of_rgb, preprocessing.std_of_rgb
     as_it_is = (mean, std, preprocessing.activation) == ((0, 0, 0), (1, 1, 1), "none")
     if as_it_is and not isinstance(network, nn.Module):
         return network
     return Classifier(network, mean, std, preprocessing.activation)
+
+
+def _device(asked: str | None) -> torch.device:
+    try:
+        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ModelError(f"expected --device cuda, cuda:1 or cpu, found {asked!r}") from None
+    if device.type not in {"cpu", "cuda"}:
+        raise ModelError(f"expected --device cuda, cuda:1 or cpu, found {asked!r}")
+    return device
+
+
+def _loader_of(model: str, named: Mapping[str, Loader], forms: str) -> Loader:
+    path = model.partition("?")[0]
+    prefix, separator, rest = path.partition(":")
+    if is_server(model):
+        return _load_server
+    if separator and rest and prefix in named:
+        return named[prefix]
+    if path.endswith(".pt2"):
+        return programs.load_exported
+    if path.endswith(".onnx"):
+        return programs.load_onnx
+    factory = rest.isidentifier() and all(part.isidentifier() for part in prefix.split("."))
+    if factory and prefix not in _LIBRARIES:
+        return zoo.load_factory
+    raise ModelError(f"expected --model {forms}, found {model!r}")
+
+
+def _load_server(spec: ModelSpec, device: torch.device) -> Loaded:
+    server = ServerModel(ServerUrl.parse(spec.model))
+    return Loaded(server, server.layout.preprocessing(), torch.device("cpu"))
 
 
 def _check(black_box: BlackBox, preprocessing: Preprocessing, loaded: Loaded, spec: ModelSpec) -> int:

@@ -1,4 +1,4 @@
-"""Figures: the input, then one heat map per colour, as in the paper's figure 4."""
+"""Figures: the input, then one heat map per colour, as in the paper's figures 4 and 7."""
 
 from __future__ import annotations
 
@@ -20,14 +20,26 @@ _DIVERGING = "PuOr_r"
 _SEQUENTIAL = "viridis"
 
 _MEANING = {
-    "mc-rise": "change of the score when a pixel takes the colour",
-    "debiased-rise": "change of the score when a pixel is retained",
-    "rise": "mean score where a pixel is retained",
+    "mc-rise": "change of the {score} when a pixel takes the colour",
+    "debiased-rise": "change of the {score} when a pixel is retained",
+    "rise": "mean {score} where a pixel is retained",
 }
 
 
+Picture = tuple[str, UInt8[np.ndarray, "h w 3"]]
+"""A title and an image."""
+
+
 class FigureRow:
-    """One target of a figure: its title and its maps."""
+    """One target of a figure: its title and its maps.
+
+    Args:
+        title: of the input.
+        method, colors: of the maps.
+        maps: one per colour for MC-RISE, a single one for the RISE methods.
+        relative_error: where known.
+        match: the gallery image whose similarity to the input is explained.
+    """
 
     def __init__(
         self,
@@ -36,18 +48,25 @@ class FigureRow:
         colors: Sequence[str],
         maps: Float32[np.ndarray, "M H W"],
         relative_error: float | None,
+        match: Picture | None = None,
     ) -> None:
         self.title, self.method, self.maps = title, method, maps
-        self.relative_error = relative_error
+        self.relative_error, self.match = relative_error, match
         self.colors: tuple[str | None, ...] = tuple(colors) if method == "mc-rise" else (None,)
+
+    @property
+    def meaning(self) -> str:
+        """What a value of the maps is."""
+        return _MEANING[self.method].format(score="score" if self.match is None else "similarity")
 
 
 def draw(image: UInt8[np.ndarray, "H W 3"], rows: Sequence[FigureRow]) -> Figure:
-    """One line per target: input, maps under the swatch of their colour, one scale and colour bar a line.
+    """One line per target: input, match, maps under the swatch of their colour, one scale and bar a line.
 
     The scale of MC-RISE and debiased RISE is symmetric about zero; RISE, which has no zero, spans its range.
     """
-    columns = 1 + max(len(row.maps) for row in rows)
+    pictures = 1 + any(row.match is not None for row in rows)
+    columns = pictures + max(len(row.maps) for row in rows)
     aspect = image.shape[0] / image.shape[1]
     cell = 1.7
     figure = Figure(figsize=(cell * columns + 1.0, (cell * aspect + 0.7) * len(rows)), layout="constrained")
@@ -56,18 +75,19 @@ def draw(image: UInt8[np.ndarray, "H W 3"], rows: Sequence[FigureRow]) -> Figure
     for row, line in zip(rows, axes, strict=True):
         for axis in line:
             axis.set_axis_off()
-        line[0].imshow(image)
-        line[0].set_title(row.title, fontsize=8)
+        for axis, (title, picture) in zip(line, _pictures(image, row), strict=False):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=8)
         norm = _scale(row)
         palette = _SEQUENTIAL if row.method == "rise" else _DIVERGING
-        for axis, color, heat in zip(line[1:], row.colors, row.maps, strict=False):
-            picture = axis.imshow(heat, cmap=palette, norm=norm)
+        for axis, color, heat in zip(line[pictures:], row.colors, row.maps, strict=False):
+            shown = axis.imshow(heat, cmap=palette, norm=norm)
             if color is not None:
-                _swatch(axis, color)
+                _swatch(axis, color, aspect)
         error = row.relative_error
         note = "" if error is None or not np.isfinite(error) else f"\nrelative error {error:.2f}"
-        bar = figure.colorbar(picture, ax=list(line), fraction=0.05, pad=0.01)
-        bar.set_label(_wrap(_MEANING[row.method]) + note, fontsize=6)
+        bar = figure.colorbar(shown, ax=list(line), fraction=0.05, pad=0.01)
+        bar.set_label(_wrap(row.meaning) + note, fontsize=6)
         bar.ax.tick_params(labelsize=6)
     return figure
 
@@ -79,6 +99,10 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def _pictures(image: UInt8[np.ndarray, "H W 3"], row: FigureRow) -> list[Picture]:
+    return [(row.title, image), *([row.match] if row.match is not None else [])]
+
+
 def _scale(row: FigureRow) -> Normalize:
     if row.method == "rise":
         return Normalize(float(np.nanmin(row.maps)), float(np.nanmax(row.maps)))
@@ -87,13 +111,14 @@ def _scale(row: FigureRow) -> Normalize:
     return Normalize(-limit, limit)
 
 
-def _swatch(axis: Axes, color: str) -> None:
+def _swatch(axis: Axes, color: str, aspect: float) -> None:
+    """The colour and its name above a map of that height over width."""
     axis.set_title(color_name(color), fontsize=8, pad=15)
     axis.add_patch(
         Rectangle(
-            (0.3, 1.02),
+            (0.3, 1 + 0.02 / aspect),
             0.4,
-            0.09,
+            0.09 / aspect,
             transform=axis.transAxes,
             clip_on=False,
             facecolor=color,

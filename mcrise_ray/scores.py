@@ -21,12 +21,15 @@ _OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed")  # in lowe
 
 BlackBox = Callable[[Tensor], Any]
 Activation = Literal["softmax", "sigmoid", "none"]
+Kind = Literal["scores", "embeddings"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits, dim=1),
     "sigmoid": torch.sigmoid,
     "none": lambda scores: scores,
 }
+
+_AXES: dict[Kind, str] = {"scores": "classes", "embeddings": "dimensions"}
 
 
 class Classifier(nn.Module):
@@ -134,10 +137,12 @@ class Answer:
     Attributes:
         scores: `(B, C)` float64 on the CPU, not to be looked at before `arrived`.
         arrived: None where they are there.
+        kind: what they are, for the messages.
     """
 
     scores: Float64[Tensor, "B C"]
     arrived: torch.cuda.Event | None = None
+    kind: Kind = "scores"
 
     def read(self) -> Float64[np.ndarray, "B C"]:
         """The scores, as soon as they are there.
@@ -151,14 +156,21 @@ class Answer:
         if not np.isfinite(scores).all():
             bad = int((~np.isfinite(scores).all(axis=1)).sum())
             raise ScoreError(
-                f"expected finite scores, found NaN or infinity for {bad} of {len(scores)} images; "
+                f"expected finite {self.kind}, found NaN or infinity for {bad} of {len(scores)} images; "
                 "check the model's weights, normalisation and precision"
             )
         return scores
 
 
-def ask(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndarray, "B C"]:
-    """All scores of a batch, on the CPU in float64.
+def ask(
+    function: BlackBox, images: Float[Tensor, "B 3 H W"], *, kind: Kind = "scores"
+) -> Float64[np.ndarray, "B C"]:
+    """All scores, or whole embeddings, of a batch, on the CPU in float64.
+
+    Args:
+        function: what is asked.
+        images: in its space.
+        kind: what it is expected to return, for the messages.
 
     Raises:
         ModelError: the black box raised.
@@ -166,10 +178,10 @@ def ask(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndar
         MemoryError: the batch is too large for the memory, whichever library said so.
         DeviceError: the GPU has failed: this process cannot use it any more.
     """
-    return launch(function, images).read()
+    return launch(function, images, kind=kind).read()
 
 
-def launch(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Answer:
+def launch(function: BlackBox, images: Float[Tensor, "B 3 H W"], *, kind: Kind = "scores") -> Answer:
     """Ask for the scores of a batch without waiting for a GPU; `images` may be overwritten at once.
 
     Raises:
@@ -194,16 +206,17 @@ def launch(function: BlackBox, images: Float[Tensor, "B 3 H W"]) -> Answer:
     tensor = torch.as_tensor(answer)
     if tensor.ndim != 2 or len(tensor) != len(images):
         raise ScoreError(
-            f"expected scores of shape ({len(images)}, classes) from the model, found {tuple(tensor.shape)}"
+            f"expected {kind} of shape ({len(images)}, {_AXES[kind]}) from the model, "
+            f"found {tuple(tensor.shape)}"
         )
     scores = tensor.detach().double()
     if scores.is_cuda:
         # Copied in the order of the GPU's stream, before whatever overwrites the batch later.
         arriving = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
         arriving.copy_(scores, non_blocking=True)
-        return Answer(arriving, torch.cuda.current_stream(scores.device).record_event())
+        return Answer(arriving, torch.cuda.current_stream(scores.device).record_event(), kind)
     # A copy: the black box may have returned a view of the batch, which the next call overwrites.
-    return Answer(scores.cpu().clone())
+    return Answer(scores.cpu().clone(), kind=kind)
 
 
 def check_targets(targets: Sequence[int], classes: int) -> None:

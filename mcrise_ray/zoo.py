@@ -49,7 +49,7 @@ def load_torchvision(spec: ModelSpec, device: torch.device) -> Loaded:
             )
         return _torchvision_pretrained(name, options["weights"], device)
     arguments = {key: whole_number(key, value) for key, value in options.items()}
-    network = _with_weights(lambda **given: torchvision.models.get_model(name, **given), arguments, spec)
+    network = with_weights(lambda **given: torchvision.models.get_model(name, **given), arguments, spec)
     return Loaded(ready(network, device), {"activation": "softmax"}, device)
 
 
@@ -72,7 +72,7 @@ def load_timm(spec: ModelSpec, device: torch.device) -> Loaded:
             raise ModelError(f"timm cannot build {name}: {first_line(error)}; check --model") from error
         return network
 
-    network = _with_weights(build, arguments, spec)
+    network = with_weights(build, arguments, spec)
     config = timm.data.resolve_model_data_config(network)
     channels, height, width = config["input_size"]
     if channels != 3:
@@ -184,7 +184,7 @@ def _torchvision_pretrained(name: str, asked: str, device: torch.device) -> Load
     return Loaded(ready(network, device), fields, device, tuple(weights.meta["categories"]))
 
 
-def _with_weights(build: Any, arguments: dict[str, int], spec: ModelSpec) -> nn.Module:
+def with_weights(build: Any, arguments: dict[str, int], spec: ModelSpec) -> nn.Module:
     """A network from its builder, with the file of weights where there is one."""
     if spec.weights is None:
         network: nn.Module = build(**arguments)

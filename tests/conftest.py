@@ -8,7 +8,10 @@ from collections.abc import Iterator
 import jaxtyping
 
 # Before anything else imports them: every shape in a signature of the numerics becomes a check.
-_NUMERICS = ("masks", "blend", "regression", "variates", "saliency", "scores", "models", "explainer")
+_NUMERICS = (
+    *("masks", "blend", "regression", "variates", "saliency", "scores", "models", "explainer"),
+    *("reid", "identity", "matching", "embedders"),
+)
 _hook = jaxtyping.install_import_hook([f"mcrise_ray.{name}" for name in _NUMERICS], "beartype.beartype")
 
 import numpy as np  # noqa: E402

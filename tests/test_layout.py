@@ -23,6 +23,9 @@ ORDER = [
     "variates",
     "saliency",
     "scores",
+    "reid",
+    "identity",
+    "matching",
     "preprocess",
     "layout",
     "servers",
@@ -31,6 +34,7 @@ ORDER = [
     "programs",
     "models",
     "baselines",
+    "embedders",
     "files",
     "decode",
     "shards",
@@ -46,6 +50,8 @@ ORDER = [
     "results",
     "faults",
     "tasks",
+    "embed",
+    "gallery",
     "dispatch",
     "engine",
     "targets",
@@ -75,7 +81,7 @@ ORDER = [
 
 ALLOWED = {
     "ray": {"cluster", "jobs", "driver", "submission", "telemetry"},
-    "pyarrow": {"store", "results", "files", "shards"},
+    "pyarrow": {"store", "results", "files", "shards", "gallery"},
 }
 
 

@@ -1,0 +1,115 @@
+"""From images as they are listed to rows of a gallery: one chunk of them, in whatever process."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float32
+
+from mcrise_ray import files
+from mcrise_ray.decode import DecodeOptions
+from mcrise_ray.embedders import Embedder
+from mcrise_ray.errors import ImageError, ScoreError
+from mcrise_ray.identity import identity_of_name
+from mcrise_ray.images import ImageRef, read_image
+from mcrise_ray.reid import embeddings_of
+from mcrise_ray.store import ErrorRow
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """One embedded image.
+
+    Attributes:
+        image_id, uri: see `ImageRef`.
+        pid, camid: see `mcrise_ray.identity`; None where not known.
+        embedding: `(D,)`.
+    """
+
+    image_id: str
+    uri: str
+    pid: int | None
+    camid: int | None
+    embedding: Float32[np.ndarray, " D"]
+
+
+def identified(ref: ImageRef) -> ImageRef:
+    """An image with the person and camera of its name, where its manifest tells neither."""
+    if ref.pid is not None or ref.camid is not None:
+        return ref
+    pid, camid = identity_of_name(ref.image_id)
+    return replace(ref, pid=pid, camid=camid)
+
+
+def embed(
+    embedder: Embedder, refs: Sequence[ImageRef], batch_size: int, decode: DecodeOptions | None = None
+) -> tuple[list[GalleryRow], list[ErrorRow]]:
+    """Read and embed some images; every one ends in a row or, with the reason, in an error row.
+
+    The last bits of an embedding may depend on its batch. Who wants the same bytes again, calls this with
+    the same images in the same order.
+
+    Raises:
+        ModelError: the model fails, which would meet every image.
+    """
+    rows: list[GalleryRow] = []
+    errors: list[ErrorRow] = []
+    read: list[tuple[ImageRef, np.ndarray]] = []
+    for place, ref in enumerate(refs, start=1):
+        try:
+            if ref.problem is not None:
+                errors.append(ErrorRow(ref.image_id, ref.uri, "list", ref.problem))
+            else:
+                read.append((identified(ref), embedder.prepare(read_image(ref.uri, decode))))
+        except ImageError as error:
+            errors.append(ErrorRow(ref.image_id, ref.uri, "read", str(error)))
+        if len(read) == batch_size or (read and place == len(refs)):
+            _embed_batch(embedder, read, rows, errors)
+            read = []
+    return rows, errors
+
+
+def read_pairs(location: str) -> dict[str, list[str]]:
+    """Named matches from a CSV with the columns `query` and `match`: `image_id`s or `uri`s.
+
+    Raises:
+        ImageError: it cannot be read, or has other columns.
+    """
+    with files.open_seekable(location) as file:
+        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+        header = [name.strip().lower() for name in next(reader, [])]
+        if header[:2] != ["query", "match"]:
+            raise ImageError(
+                f"{location}: expected a first line with the columns query,match, found {header}"
+            )
+        pairs: dict[str, list[str]] = {}
+        for row in filter(None, reader):
+            if len(row) < 2 or not row[0] or not row[1]:
+                raise ImageError(
+                    f"{location}#line={reader.line_num}: expected a query and a match, found {row}"
+                )
+            pairs.setdefault(row[0], []).append(row[1])
+        return pairs
+
+
+def _embed_batch(
+    embedder: Embedder,
+    read: Sequence[tuple[ImageRef, np.ndarray]],
+    rows: list[GalleryRow],
+    errors: list[ErrorRow],
+) -> None:
+    try:
+        embeddings = embeddings_of(embedder, np.stack([image for _, image in read]))
+    except ScoreError as error:
+        if len(read) > 1:
+            for one in read:
+                _embed_batch(embedder, [one], rows, errors)
+        else:
+            errors.append(ErrorRow(read[0][0].image_id, read[0][0].uri, "embed", str(error)))
+        return
+    for (ref, _), embedding in zip(read, embeddings.astype(np.float32), strict=True):
+        rows.append(GalleryRow(ref.image_id, ref.uri, ref.pid, ref.camid, embedding))
