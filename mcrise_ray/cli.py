@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mcrise_ray import cli_options as option
 from mcrise_ray.arguments import key_value, one_line_errors, pair, triple
 from mcrise_ray.benchcli import bench
 from mcrise_ray.cli_jobs import Insecure, cluster_app, job_app
@@ -28,133 +29,42 @@ app.add_typer(cluster_app)
 
 app.command()(bench)
 
-Sources = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="IMAGES...",
-        help="Files, folders, imagefolder:FOLDER, manifests (CSV or Parquet: uri,label,target), Parquet "
-        "with encoded images, WebDataset shards (a-{000..009}.tar), torchvision:GTSRB?root=...&split=test; "
-        "also on s3://, gs://, hdfs://.",
-        show_default=False,
-    ),
-]
-ModelName = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        help="torchvision:NAME[?num_classes=N&weights=W], timm:NAME[?num_classes=N&pretrained=true], "
-        "hf:PATH_OR_ID, FILE.pt2, FILE.onnx, package.module:factory, or the URL of a model on a KServe v2 "
-        "server, http(s)://HOST/v2/models/NAME[?timeout=S&max_batch=N&concurrency=N&retries=N].",
-        show_default=False,
-    ),
-]
-Weights = Annotated[
-    str | None, typer.Option(help="Safetensors file, or a state dict (no pickled code is run).")
-]
-Classes = Annotated[str | None, typer.Option(help="Text file of class names, one per line in index order.")]
-ModelArgs = Annotated[
-    list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument of a factory.")
-]
-Size = Annotated[str | None, typer.Option(metavar="HxW", help="Size of the model's input.")]
-Resize = Annotated[
-    str | None,
-    typer.Option(help="stretch (the whole image) or crop (its centre).  [default: the model's own]"),
-]
-ShorterSide = Annotated[int | None, typer.Option(help="Of the image before its centre is cut out.")]
-Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
-InputRange = Annotated[
-    str | None, typer.Option(help="What the model reads before normalisation: 0-1 or 0-255.")
-]
-Mean = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Mean of the normalisation, in units of the input range.")
-]
-Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Its standard deviation.")]
-Activation = Annotated[
-    str | None, typer.Option(help="From the model's output to scores: softmax, sigmoid or none.")
-]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: a GPU where there is one]")]
-Targets = Annotated[
-    list[str],
-    typer.Option(
-        "--target",
-        help="predicted, top5, truth, predicted+truth, manifest (its column target), or a class index or "
-        "name (repeat for several).",
-    ),
-]
-MaskCount = Annotated[int, typer.Option("--masks", "-n", help="N, the number of masks.")]
-Grid = Annotated[str, typer.Option(metavar="hxw", help="Cells of a mask.")]
-PMask = Annotated[float, typer.Option("--p-mask", help="Probability that a cell is masked.")]
-Colors = Annotated[
-    str | None,
-    typer.Option(help="paper5, paper8, or fills such as red,#00ff80 (MC-RISE alone).  [default: paper5]"),
-]
-Method = Annotated[str, typer.Option(help="mc-rise, debiased-rise or rise.")]
-Seed = Annotated[int, typer.Option(help="Seed of the masks.")]
-Output = Annotated[str, typer.Option("--output", "-o", help="Folder of the results.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove earlier results from the output first.")]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        help="Go on from what the output holds; without it too, where that is of the same job.",
-    ),
-]
-BatchSize = Annotated[str, typer.Option(help="Masked images per call of the model: auto, or a number.")]
-PrecisionName = Annotated[
-    str,
-    typer.Option(
-        "--precision", help="auto: the fastest way to ask the model that keeps its scores; or float32."
-    ),
-]
-AllowTruncated = Annotated[
-    bool, typer.Option("--allow-truncated", help="Decode files that end too early instead of refusing them.")
-]
-MaxPixels = Annotated[
-    int | None, typer.Option(min=1, help="Refuse larger images.  [default: 89478485]", show_default=False)
-]
-Figures = Annotated[int, typer.Option(help="Draw the first so many images.")]
-StandardError = Annotated[
-    bool, typer.Option("--standard-error", help="Store the standard error of every pixel too.")
-]
-OriginalSize = Annotated[
-    bool,
-    typer.Option("--original-size", help="Store maps at the size of each image, not of the model's input."),
-]
-
 
 @app.command()
 def explain(
-    images: Sources,
-    model: ModelName,
-    weights: Weights = None,
-    classes: Classes = None,
-    model_arg: ModelArgs = None,
-    size: Size = None,
-    resize: Resize = None,
-    shorter_side: ShorterSide = None,
-    interpolation: Interpolation = None,
-    input_range: InputRange = None,
-    mean: Mean = None,
-    std: Std = None,
-    activation: Activation = None,
-    device: Device = None,
-    target: Targets = ["predicted"],  # noqa: B006 - typer reads it, nobody changes it
-    masks: MaskCount = 8000,
-    grid: Grid = "8x8",
-    p_mask: PMask = 0.5,
-    colors: Colors = None,
-    method: Method = "mc-rise",
-    seed: Seed = 0,
-    output: Output = "mcrise-results",
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    allow_truncated: AllowTruncated = False,
-    max_pixels: MaxPixels = None,
-    precision: PrecisionName = "auto",
-    batch_size: BatchSize = "auto",
-    figures: Figures = 100,
-    standard_error: StandardError = False,
-    original_size: OriginalSize = False,
+    images: option.Sources,
+    model: option.ModelName,
+    weights: option.Weights = None,
+    classes: option.Classes = None,
+    model_arg: option.ModelArgs = None,
+    size: option.Size = None,
+    resize: option.Resize = None,
+    shorter_side: option.ShorterSide = None,
+    interpolation: option.Interpolation = None,
+    input_range: option.InputRange = None,
+    mean: option.Mean = None,
+    std: option.Std = None,
+    activation: option.Activation = None,
+    device: option.Device = None,
+    target: option.Targets = ["predicted"],  # noqa: B006 - typer reads it, nobody changes it
+    masks: option.MaskCount = None,
+    relative_error: option.RelativeError = None,
+    estimator: option.Estimator = "control-variate",
+    grid: option.Grid = "8x8",
+    p_mask: option.PMask = 0.5,
+    colors: option.Colors = None,
+    method: option.Method = "mc-rise",
+    seed: option.Seed = 0,
+    output: option.Output = "mcrise-results",
+    overwrite: option.Overwrite = False,
+    resume: option.Resume = False,
+    allow_truncated: option.AllowTruncated = False,
+    max_pixels: option.MaxPixels = None,
+    precision: option.PrecisionName = "auto",
+    batch_size: option.BatchSize = "auto",
+    figures: option.Figures = 100,
+    standard_error: option.StandardError = False,
+    original_size: option.OriginalSize = False,
 ) -> None:
     """Explain a few images in this process, without Ray."""
     _run(dict(locals()), actors=0)
@@ -162,37 +72,39 @@ def explain(
 
 @app.command()
 def audit(
-    images: Sources,
-    model: ModelName,
-    weights: Weights = None,
-    classes: Classes = None,
-    model_arg: ModelArgs = None,
-    size: Size = None,
-    resize: Resize = None,
-    shorter_side: ShorterSide = None,
-    interpolation: Interpolation = None,
-    input_range: InputRange = None,
-    mean: Mean = None,
-    std: Std = None,
-    activation: Activation = None,
-    device: Device = None,
-    target: Targets = ["predicted"],  # noqa: B006
-    masks: MaskCount = 8000,
-    grid: Grid = "8x8",
-    p_mask: PMask = 0.5,
-    colors: Colors = None,
-    method: Method = "mc-rise",
-    seed: Seed = 0,
-    output: Output = "mcrise-results",
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    allow_truncated: AllowTruncated = False,
-    max_pixels: MaxPixels = None,
-    precision: PrecisionName = "auto",
-    batch_size: BatchSize = "auto",
-    figures: Figures = 100,
-    standard_error: StandardError = False,
-    original_size: OriginalSize = False,
+    images: option.Sources,
+    model: option.ModelName,
+    weights: option.Weights = None,
+    classes: option.Classes = None,
+    model_arg: option.ModelArgs = None,
+    size: option.Size = None,
+    resize: option.Resize = None,
+    shorter_side: option.ShorterSide = None,
+    interpolation: option.Interpolation = None,
+    input_range: option.InputRange = None,
+    mean: option.Mean = None,
+    std: option.Std = None,
+    activation: option.Activation = None,
+    device: option.Device = None,
+    target: option.Targets = ["predicted"],  # noqa: B006
+    masks: option.MaskCount = None,
+    relative_error: option.RelativeError = None,
+    estimator: option.Estimator = "control-variate",
+    grid: option.Grid = "8x8",
+    p_mask: option.PMask = 0.5,
+    colors: option.Colors = None,
+    method: option.Method = "mc-rise",
+    seed: option.Seed = 0,
+    output: option.Output = "mcrise-results",
+    overwrite: option.Overwrite = False,
+    resume: option.Resume = False,
+    allow_truncated: option.AllowTruncated = False,
+    max_pixels: option.MaxPixels = None,
+    precision: option.PrecisionName = "auto",
+    batch_size: option.BatchSize = "auto",
+    figures: option.Figures = 100,
+    standard_error: option.StandardError = False,
+    original_size: option.OriginalSize = False,
     actors: Annotated[
         int | None, typer.Option(min=1, help="Actors that each hold the model.  [default: as many as fit]")
     ] = None,
@@ -214,6 +126,7 @@ def audit(
     """Explain many images on Ray. Every image ends in maps/ or, with the reason, in errors/."""
     settings = ("actors", "cpus_per_actor", "gpus_per_actor", "deadline", "max_retries")
     given = dict(locals())
+    given["actors"] = "auto" if actors is None else actors
     _run(given, address=address, **{name: given[name] for name in settings})
 
 
@@ -227,7 +140,7 @@ def run(
             show_default=False,
         ),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: option.Overwrite = False,
     insecure: Insecure = False,
 ) -> None:
     """Run a job file on this machine, or as part of a running Ray; see `submit` for clusters elsewhere."""
@@ -239,8 +152,8 @@ def run(
 
 @app.command()
 def demo(
-    output: Output = "mcrise-demo",
-    masks: MaskCount = 4000,
+    output: option.Output = "mcrise-demo",
+    masks: Annotated[int, typer.Option("--masks", "-n", help="N, the number of masks.")] = 4000,
     actors: Annotated[int, typer.Option(min=1, help="Actors that each hold the model.")] = 2,
 ) -> None:
     """Explain the bundled traffic signs with the bundled classifier on local Ray."""
@@ -300,14 +213,15 @@ def _job_spec(options: dict[str, Any], settings: dict[str, Any]) -> JobSpec:
         preprocessing={name: value for name, value in given.items() if value is not None},
         device=options["device"],
     )
-    fills = {} if options["colors"] is None else {"colors": options["colors"]}
+    given_too = {name: options[name] for name in ("masks", "colors") if options[name] is not None}
     spec = ExplainSpec(
         method=options["method"],
-        masks=options["masks"],
+        estimator=options["estimator"],
+        relative_error=options["relative_error"],
         grid=pair("--grid", options["grid"]),
         p_mask=options["p_mask"],
         seed=options["seed"],
-        **fills,
+        **given_too,
     )
     limit = {} if options["max_pixels"] is None else {"max_pixels": options["max_pixels"]}
     return JobSpec(

@@ -59,7 +59,7 @@ def connect(
     if address is None and not ray.is_initialized():
         gpus = _gpus(job, float(torch.cuda.device_count()))
         cores = os.cpu_count() or 1
-        with local_ray(max(cores, (job.actors or 1) * job.cpus_per_actor)):
+        with local_ray(max(cores, _count(job) * job.cpus_per_actor)):
             yield RayExecutor(job, setup, execution, gpus)
         return
     ours = not ray.is_initialized()
@@ -73,6 +73,11 @@ def connect(
     finally:
         if ours:
             ray.shutdown()
+
+
+def _count(job: JobSpec) -> int:
+    """Actors to make room for."""
+    return 1 if job.actors == "auto" else job.actors
 
 
 def _gpus(job: JobSpec, there: float) -> float:
@@ -164,7 +169,11 @@ class RayExecutor:
         self._job, self._setup, self._execution = job, setup, execution
         self._resources = {"CPU": float(job.cpus_per_actor)} | ({"GPU": gpus} if gpus else {})
         self._class = ray.remote(
-            num_cpus=job.cpus_per_actor, num_gpus=gpus, max_restarts=0, max_task_retries=0
+            num_cpus=job.cpus_per_actor,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            **({"label_selector": job.label_selector} if job.label_selector else {}),
         )(Worker)
         self._handles: dict[int, ActorHandle] = {}
         self._events: SimpleQueue[Event] = SimpleQueue()
@@ -178,11 +187,12 @@ class RayExecutor:
 
     def wanted(self) -> int:
         """What was asked for, or as many as fit the cluster of the last seconds."""
-        if self._job.actors is not None:
+        if self._job.actors != "auto":
             return self._job.actors
         if self.now() - self._looked > _LOOK_AT_CLUSTER_EVERY:
             self._looked = self.now()
-            self._wanted = max(1, sum(_fit(node["Resources"], self._resources) for node in _alive_nodes()))
+            fitting = (_fit(node, self._resources, self._job.label_selector) for node in _alive_nodes())
+            self._wanted = max(1, sum(fitting))
         return self._wanted
 
     def start(self, actor: int) -> None:
@@ -266,6 +276,13 @@ def _alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _fit(there: dict[str, float], asked: dict[str, float]) -> int:
+def _fit(node: dict[str, Any], asked: dict[str, float], labels: dict[str, str]) -> int:
     """How many actors fit one node."""
-    return int(min(there.get(name, 0.0) // amount for name, amount in asked.items()))
+    there = node["Labels"]
+    if any(
+        there.get(name) != label
+        for name, label in labels.items()
+        if "(" not in label and not label.startswith("!")
+    ):
+        return 0  # a label with an operator, such as `!A100` or `in(..)`, is Ray's to judge
+    return int(min(node["Resources"].get(name, 0.0) // amount for name, amount in asked.items()))

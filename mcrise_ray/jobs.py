@@ -164,7 +164,8 @@ def _execution(store: Store) -> Execution | None:
 
 
 def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
-    masks = None if images is None else images * job.explain.masks // max(1, job.actors or 1)
+    actors = 1 if job.actors == "auto" else max(1, job.actors)
+    masks = None if images is None else images * job.explain.masks // actors
     threads = None if job.actors == 0 else job.cpus_per_actor
     return Setup(
         job.model,

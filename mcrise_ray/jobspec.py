@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.loading import ModelSpec
@@ -14,7 +14,9 @@ from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.targets import TargetChoice
 from mcrise_ray.tuning import PrecisionChoice
 
-_FREE_TO_CHANGE = frozenset({"output", "actors", "gpus_per_actor", "figures", "deadline", "max_retries"})
+_FREE_TO_CHANGE = frozenset(
+    {"output", "actors", "gpus_per_actor", "label_selector", "figures", "deadline", "max_retries"}
+)
 
 
 class JobSpec(StrictModel):
@@ -28,10 +30,14 @@ class JobSpec(StrictModel):
             names; see `parse_targets`. Several targets share one pass.
         decode: what is decoded and what is refused.
         explain: method, masks, fills.
-        actors: Ray actors that each hold the model; 0 runs in this process without Ray; None takes as many as
-            fit, also while the cluster grows or shrinks.
+        actors: Ray actors that each hold the model. A number asks for so many, which makes a cluster grow
+            that can, and works with those that are there; `auto` takes as many as fit, also while the cluster
+            grows or shrinks; 0 runs in this process without Ray.
         cpus_per_actor: cores, and threads of torch, per actor.
-        gpus_per_actor: may be a fraction; None takes one where the cluster has any.
+        gpus_per_actor: may be a fraction below 1, so that actors share a GPU; null takes one where the
+            cluster has any.
+        label_selector: labels of Ray that an actor's node must have, such as
+            `{ray.io/accelerator-type: A100}`.
         precision: `"auto"` asks the model in the fastest way that keeps its scores, see `mcrise_ray.tuning`;
             `"float32"` asks it as it is. What was chosen is stored, and kept on resuming.
         batch_size: masked images per call of the model; `"auto"` tries several.
@@ -50,9 +56,10 @@ class JobSpec(StrictModel):
     targets: TargetChoice = ("predicted",)
     decode: DecodeOptions = Field(default_factory=DecodeOptions)
     explain: ExplainSpec = Field(default_factory=ExplainSpec)
-    actors: int | None = Field(default=None, ge=0)
+    actors: Literal["auto"] | int = "auto"
     cpus_per_actor: int = Field(default=1, ge=1)
     gpus_per_actor: float | None = Field(default=None, ge=0)
+    label_selector: dict[str, str] = Field(default_factory=dict)
     precision: PrecisionChoice = "auto"
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     standard_error: bool = False
@@ -60,6 +67,24 @@ class JobSpec(StrictModel):
     figures: int = Field(default=100, ge=0)
     deadline: float = Field(default=60.0, gt=0)
     max_retries: int = Field(default=3, ge=0)
+
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _check_actors(cls, actors: Any) -> Any:
+        # Before the union is tried, whose message would list the failure of each of its members.
+        count = isinstance(actors, int) and not isinstance(actors, bool) and actors >= 0
+        if actors != "auto" and not count:
+            raise ValueError(f"expected auto or a whole number, found {actors!r}")
+        return actors
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _check_gpus(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError(
+                f"expected a fraction below 1 or a whole number, as Ray shares GPUs, found {gpus}"
+            )
+        return gpus
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import Field
 
 from mcrise_ray import jobfiles
 from mcrise_ray.errors import SpecError
 from mcrise_ray.jobfiles import example_job, load_job, parse_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
-from mcrise_ray.resources import ActorRange, Resources
 
 SMALL = {"images": ["a.png"], "model": {"model": "m:f"}, "output": "out"}
 
@@ -230,26 +228,14 @@ def test_what_only_looks_like_a_secret_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("actors", "fewest", "most"),
-    [("auto", 1, None), (0, 0, 0), (4, 4, 4), ({"min": 2, "max": 8}, 2, 8), ({"max": 8}, 1, 8)],
-)
-def test_actors_are_a_number_or_a_range(actors: object, fewest: int, most: int | None) -> None:
-    resources = Resources(actors=actors)
-    assert (resources.fewest, resources.most) == (fewest, most)
-    assert Resources(**resources.model_dump(mode="json")) == resources
-
-
-@pytest.mark.parametrize(
     ("values", "message"),
     [
         (
             {"actors": "some"},
-            r"actors: expected auto, a whole number or \{min: .*found 'some'",
+            r"actors: expected auto or a whole number, found 'some'",
         ),
-        ({"actors": -1}, r"actors: expected auto, .*found -1"),
-        ({"actors": True}, r"actors: expected auto, .*found True"),
-        ({"actors": {"min": 3, "max": 2}}, r"actors: .*expected min <= max, found min 3 and max 2"),
-        ({"actors": {"min": 3}}, r"actors: .*max"),
+        ({"actors": -1}, r"actors: expected auto or .*found -1"),
+        ({"actors": True}, r"actors: expected auto or .*found True"),
         ({"gpus_per_actor": 1.5}, r"gpus_per_actor: expected a fraction below 1 or a whole number"),
         ({"gpus_per_actor": -0.1}, r"gpus_per_actor: "),
         ({"cpus_per_actor": 0}, r"cpus_per_actor: "),
@@ -258,31 +244,13 @@ def test_actors_are_a_number_or_a_range(actors: object, fewest: int, most: int |
         ({"label_selector": {"zone": 3}}, r"label_selector\.zone: "),
     ],
 )
-def test_resources_that_cannot_be(values: dict, message: str) -> None:
+def test_what_a_cluster_cannot_give_is_refused(values: dict, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        Resources(**values)
+        parse_job({**SMALL, **values})
 
 
-def test_fractions_of_gpus_pass() -> None:
-    assert Resources(gpus_per_actor=0.25).gpus_per_actor == 0.25
-    assert Resources(gpus_per_actor=2).gpus_per_actor == 2
-
-
-class _JobWithResources(JobSpec):
-    resources: Resources = Field(default_factory=Resources)
-
-
-def test_a_section_of_resources_in_a_job_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobfiles, "JobSpec", _JobWithResources)
-    actors = {"min": 1, "max": 4}
-    asked = {"actors": actors, "gpus_per_actor": 0.5, "label_selector": {"zone": "a"}}
-    job = parse_job({**SMALL, "resources": asked})
-    assert isinstance(job, _JobWithResources)
-    assert job.resources.actors == ActorRange(min=1, max=4)
-    assert job.resources.label_selector == {"zone": "a"}
-    with pytest.raises(SpecError, match=r"unknown key resources\.actors\.maximum"):
-        parse_job({**SMALL, "resources": {"actors": {"maximum": 4}}})
-    with pytest.raises(
-        SpecError, match=r"unknown key resources\.gpus; did you mean resources\.gpus_per_actor"
-    ):
-        parse_job({**SMALL, "resources": {"gpus": 1}})
+def test_what_a_job_may_use_does_not_change_what_it_is() -> None:
+    asked = {"actors": 4, "gpus_per_actor": 0.5, "label_selector": {"ray.io/accelerator-type": "A100"}}
+    job = parse_job({**SMALL, **asked})
+    assert (job.actors, job.gpus_per_actor) == (4, 0.5)
+    assert job.hash == parse_job(SMALL).hash
