@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mcrise_ray.errors import ModelError
 from mcrise_ray.loading import first_line
+from mcrise_ray.memory import keep_freed
 from mcrise_ray.models import Model
 from mcrise_ray.scores import Classifier, ask
 from mcrise_ray.spec import StrictModel
@@ -129,12 +130,14 @@ def adapted(model: Model, network: nn.Module, precision: Precision, batch_size: 
 def apply(model: Model, execution: Execution) -> Model:
     """The model asked as the plan says. Its weights are moved: use the model that is returned alone.
 
-    Sets the number of torch's threads in this process, which is part of the plan too.
+    Sets the number of torch's threads, which is part of the plan too, and lets this process keep the memory
+    that it frees.
 
     Raises:
         ModelError: it cannot be asked so here; any other way would give other roundings.
     """
     torch.set_num_threads(execution.threads)
+    keep_freed()
     precision, network = execution.precision, network_of(model)
     if precision.is_float32:
         return model
