@@ -90,10 +90,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.network = network
         self._precision, self._batch_size = precision, batch_size
-        # Freezing folds normalisation layers and casts into the weights.
-        self._compiled = (
-            torch.compile(network, dynamic=False, options={"freezing": True}) if precision.compiled else None
-        )
+        self._compiled = _compiled(network) if precision.compiled else None
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Any:
         """What the network returns."""
@@ -102,6 +99,16 @@ class Adapted(nn.Module):
         network = self._compiled if whole else self.network
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._precision.bfloat16):
             return network(images)  # type: ignore[misc]
+
+
+def _compiled(network: nn.Module) -> Any:
+    """The network by torch.compile, for one shape, when it is first called."""
+    import torch._inductor.config as inductor
+
+    # By default every process starts as many compilers as there are cores, and so would every actor.
+    inductor.compile_threads = torch.get_num_threads()
+    # Freezing folds normalisation layers and casts into the weights.
+    return torch.compile(network, dynamic=False, options={"freezing": True})
 
 
 def layout_of(precision: Precision) -> torch.memory_format:
