@@ -93,17 +93,23 @@ def upsampling_tables(cells: int, pixels: int) -> Float64[np.ndarray, "shifts pi
     return table
 
 
+@lru_cache(maxsize=16)
 def overlap_kernels(
     grid: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Float64[np.ndarray, "H H"], Float64[np.ndarray, "W W"]]:
     """`(Ky, Kx)`, `Ky = mean over shifts of Ry[s] Ry[s].T`: how much two pixels share the same cells.
 
     The covariance of coverages is `Cov(m_k(y, x), m_j(y', x')) = (q delta_kj - q**2) Ky(y, y') Kx(x, x')`
-    with `q = p_mask / K`.
+    with `q = p_mask / K`. The arrays are read-only, because they are shared.
     """
-    tables = (upsampling_tables(grid[0], size[0]), upsampling_tables(grid[1], size[1]))
-    ky, kx = (np.einsum("sac,sbc->ab", table, table) / len(table) for table in tables)
-    return ky, kx
+    kernels = []
+    for cells, pixels in zip(grid, size, strict=True):
+        table = upsampling_tables(cells, pixels)
+        rows = table.transpose(1, 0, 2).reshape(pixels, -1)
+        kernel = rows @ rows.T / len(table)
+        kernel.flags.writeable = False
+        kernels.append(kernel)
+    return kernels[0], kernels[1]
 
 
 def sampled(

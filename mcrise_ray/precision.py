@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mcrise_ray.errors import ModelError
 from mcrise_ray.loading import first_line
+from mcrise_ray.memory import keep_freed
 from mcrise_ray.models import Model
 from mcrise_ray.scores import Classifier, ask
 from mcrise_ray.spec import StrictModel
@@ -89,10 +90,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.network = network
         self._precision, self._batch_size = precision, batch_size
-        # Freezing folds normalisation layers and casts into the weights.
-        self._compiled = (
-            torch.compile(network, dynamic=False, options={"freezing": True}) if precision.compiled else None
-        )
+        self._compiled = _compiled(network) if precision.compiled else None
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Any:
         """What the network returns."""
@@ -101,6 +99,16 @@ class Adapted(nn.Module):
         network = self._compiled if whole else self.network
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._precision.bfloat16):
             return network(images)  # type: ignore[misc]
+
+
+def _compiled(network: nn.Module) -> Any:
+    """The network by torch.compile, for one shape, when it is first called."""
+    import torch._inductor.config as inductor
+
+    # By default every process starts as many compilers as there are cores, and so would every actor.
+    inductor.compile_threads = torch.get_num_threads()
+    # Freezing folds normalisation layers and casts into the weights.
+    return torch.compile(network, dynamic=False, options={"freezing": True})
 
 
 def layout_of(precision: Precision) -> torch.memory_format:
@@ -129,12 +137,14 @@ def adapted(model: Model, network: nn.Module, precision: Precision, batch_size: 
 def apply(model: Model, execution: Execution) -> Model:
     """The model asked as the plan says. Its weights are moved: use the model that is returned alone.
 
-    Sets the number of torch's threads in this process, which is part of the plan too.
+    Sets the number of torch's threads, which is part of the plan too, and lets this process keep the memory
+    that it frees.
 
     Raises:
         ModelError: it cannot be asked so here; any other way would give other roundings.
     """
     torch.set_num_threads(execution.threads)
+    keep_freed()
     precision, network = execution.precision, network_of(model)
     if precision.is_float32:
         return model

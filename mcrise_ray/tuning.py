@@ -23,6 +23,7 @@ from mcrise_ray.batching import OUT_OF_MEMORY, candidates, fastest
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, Subject
 from mcrise_ray.loading import first_line
 from mcrise_ray.masks import draw
+from mcrise_ray.memory import keep_freed
 from mcrise_ray.models import Model
 from mcrise_ray.precision import Execution, Precision, adapted, layout_of, network_of
 from mcrise_ray.scores import Classifier, ask
@@ -81,6 +82,7 @@ def settle(
     Raises:
         MCRiseError: the model fails on masked images as it is.
     """
+    keep_freed()
     trials = _Trials(model, spec, image, masks)
     if network_of(model) is None:
         trials.notes.append("float32: the model is no torch module of ours to change")
