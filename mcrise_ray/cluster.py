@@ -197,7 +197,8 @@ class RayExecutor:
 
     def start(self, actor: int) -> None:
         """See `Executor`."""
-        self._handles[actor] = self._class.remote(self._setup)
+        handle = self._handles[actor] = self._class.remote(self._setup)
+        handle.build.remote()  # while the choice is awaited; what goes wrong here goes wrong in `load` again
         self._held.append(actor)
         self._load_held()
 

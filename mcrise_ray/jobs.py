@@ -87,7 +87,7 @@ def run_job(
         if len(committed):
             reporter.note(f"going on in {job.output}: {len(committed)} images are done")
         reporter.start(count, job.explain.masks, len(committed))
-        execution = None if overwrite else _execution(store)
+        execution = (None if overwrite else _execution(store)) or _chosen(job)
         setup = _setup(job, count, first)
         if job.actors == 0:
             alone = InProcess(Worker(setup), execution)
@@ -161,6 +161,13 @@ def _execution(store: Store) -> Execution | None:
     """How an earlier run of the job asked its model: resuming keeps to it."""
     execution = (store.read_json("job.json") or {}).get("execution")
     return None if execution is None else Execution.model_validate(execution)
+
+
+def _chosen(job: JobSpec) -> Execution | None:
+    """How the model is asked where the job leaves nothing to try."""
+    if job.precision != "float32" or job.batch_size == "auto" or job.actors == 0:
+        return None
+    return Execution(batch_size=job.batch_size, threads=job.cpus_per_actor)
 
 
 def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:

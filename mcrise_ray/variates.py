@@ -26,7 +26,7 @@ from mcrise_ray.spec import ExplainSpec
 
 FOLDS = 5  # mask n belongs to fold n % FOLDS
 FRESH_PER_MASK = 4  # fresh masks for each scored one: what is left of their noise is small beside the rest
-CHUNK = 512  # masks whose features are held at a time
+CHUNK = 256  # masks whose features are held at a time
 
 _FIRST_FRESH = 1 << 60  # the index of the first fresh mask, beyond every mask that can be asked for
 _MOST_FEATURES = 400  # a factorisation takes 0.05 s; patches smaller than a cell explain nothing more

@@ -71,6 +71,7 @@ class Worker:
 
     def __init__(self, setup: Setup) -> None:
         self._setup, self._spec = setup, setup.spec
+        self._facts: ModelFacts | None = None
         self._targets = parse_targets(setup.targets)
         self._decode = setup.decode
         self._reader = ThreadPoolExecutor(1, "reader")
@@ -78,8 +79,19 @@ class Worker:
         self._model: Model
         self._subjects: dict[ImageRef, tuple[Subject, tuple[int, int]]] = {}
 
-    def load(self, execution: Execution | None = None) -> Built:
+    def build(self) -> None:
         """Build the model; not in the constructor, whose errors Ray turns into text.
+
+        Raises:
+            ModelError: it cannot be built.
+        """
+        if self._setup.threads is not None:
+            torch.set_num_threads(self._setup.threads)
+        self._model = load_model(self._setup.model)
+        self._facts = facts(self._setup.model, self._model)
+
+    def load(self, execution: Execution | None = None) -> Built:
+        """Make the model ready, building it first where that has not been done.
 
         Args:
             execution: how the job asks its model; None chooses, which one worker of a job does.
@@ -87,14 +99,13 @@ class Worker:
         Raises:
             ModelError: it cannot be built, or not be asked so.
         """
-        setup = self._setup
-        if setup.threads is not None:
-            torch.set_num_threads(setup.threads)
-        model = load_model(setup.model)
-        known = facts(setup.model, model)
+        if self._facts is None:
+            self.build()
+        setup, known = self._setup, self._facts
+        assert known is not None
         if execution is None:
             settled = settle(
-                model,
+                self._model,
                 self._spec,
                 self._sample(),
                 precision=setup.precision,
@@ -103,7 +114,7 @@ class Worker:
             )
             self._model, execution = settled.model, settled.execution
         else:
-            self._model = apply(model, execution)
+            self._model = apply(self._model, execution)
         return Built(known, execution)
 
     def _sample(self) -> np.ndarray | None:

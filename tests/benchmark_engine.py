@@ -29,11 +29,11 @@ ACTORS = 2
 
 
 class Clock(Silent):
-    """Notes when the model was first built, and the memory of driver and actors from then on."""
+    """From the first model built to the last image done; and the memory of driver and actors meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.began = self.looked = 0.0
+        self.began = self.looked = self.ended = 0.0
         self.memory: list[list[int]] = []
 
     def note(self, text: str) -> None:
@@ -41,6 +41,9 @@ class Clock(Silent):
             self.began = time.perf_counter()
         else:
             print(text)
+
+    def image_done(self, failed: bool) -> None:
+        self.ended = time.perf_counter()
 
     def masks_done(self, masks: int) -> None:
         super().masks_done(masks)
@@ -79,7 +82,7 @@ def overhead(seconds: float, masks: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
         run_job(job(Path(folder), images, (32, 32), masks, seconds), clock)
-        took = time.perf_counter() - clock.began
+        took = clock.ended - clock.began
     bare = bare_unit(seconds, masks)
     all_units = images * masks // 64 * bare / ACTORS
     print(
@@ -106,7 +109,7 @@ def long(masks: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
         run_job(job(Path(folder), 1, (32, 32), masks, 0.0), clock)
-        took = time.perf_counter() - clock.began
+        took = clock.ended - clock.began
     print(f"{masks:,} masks at 32 x 32, {ACTORS} actors: {took:.0f} s, {masks / took:,.0f} masks/s")
     print("resident MiB of driver and actors, every 10 s:", *clock.memory)
 

@@ -141,7 +141,7 @@ class Simulation:
             there.stalled = True
         if not there.stalled:
             start = max(self.clock + self.latency / 2, there.free_at)
-            took = sum(self._duration() for _ in call.tasks)
+            took = sum(self._duration(task) for task in call.tasks)
             there.free_at = start + took
             arrives = there.free_at + self.latency / 2
             if happens == ORPHAN:
@@ -181,8 +181,10 @@ class Simulation:
     def shortage(self) -> str:
         return "the simulation is slow to start"
 
-    def _duration(self) -> float:
-        return self.seconds * (1 + self.spread * self._random.uniform(-1, 1))
+    def _duration(self, task: Task) -> float:
+        asks_for_masks = isinstance(task, WorkTask) and task.masks
+        spread = 1 + self.spread * self._random.uniform(-1, 1)
+        return self.seconds * spread * (1.0 if asks_for_masks else 0.1)
 
     def _push(self, at: float, event: Event) -> None:
         self._serial += 1
