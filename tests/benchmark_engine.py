@@ -23,6 +23,7 @@ from mcrise_ray.jobs import run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.plan import unit
+from mcrise_ray.results import read_results
 from mcrise_ray.spec import ExplainSpec
 
 ACTORS = 2
@@ -78,16 +79,18 @@ def job(root: Path, images: int, size: tuple[int, int], masks: int, seconds: flo
 
 
 def overhead(seconds: float, masks: int) -> None:
-    images = 200
+    images, bare = 200, bare_unit(seconds, masks)
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
         run_job(job(Path(folder), images, (32, 32), masks, seconds), clock)
         took = clock.ended - clock.began
-    bare = bare_unit(seconds, masks)
+        rows = read_results(str(Path(folder) / "out"))
+        inside = sum(row.seconds for row in rows) / (images * masks / 64)
     all_units = images * masks // 64 * bare / ACTORS
     print(
         f"units of {bare * 1e3:.1f} ms: {images} images, {masks // 64} units each, {ACTORS} actors: "
-        f"{took:.1f} s, {all_units:.1f} s of bare units: ratio {took / all_units:.3f}",
+        f"{took:.1f} s, {all_units:.1f} s of bare units: ratio {took / all_units:.3f} "
+        f"({inside * 1e3:.1f} ms a unit inside the actors)",
         flush=True,
     )
 

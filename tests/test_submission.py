@@ -74,8 +74,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(images: Path, output: Path, **changes: object) -> JobSpec:
-    settings = {"model": NETWORK, "explain": ExplainSpec(masks=300, grid=(4, 4)), "figures": 0, **changes}
-    return JobSpec(images=(str(images),), output=str(output), **{"actors": 1, "targets": (0, 2), **settings})
+    settings = {"model": NETWORK, "explain": ExplainSpec(masks=300, grid=(4, 4)), "figures": 0}
+    plain = {"precision": "float32", "batch_size": 64}  # bits are compared
+    asked = {"actors": 1, "targets": (0, 2), **plain, **settings, **changes}
+    return JobSpec(images=(str(images),), output=str(output), **asked)
 
 
 def maps(output: Path) -> dict[tuple[str, int], np.ndarray]:
