@@ -150,7 +150,7 @@ def test_a_model_that_cannot_be_built_stops_the_job_with_its_own_error(
 def test_an_actor_that_is_killed_costs_no_bits_and_is_told_of(
     local_ray: None, folder: Path, tmp_path: Path
 ) -> None:
-    """A real process, killed while it holds calls."""
+    """A real process, killed while it holds calls: the only one, so that it has some."""
     killed: list[int] = []
 
     class Killing(Silent):
@@ -170,7 +170,7 @@ def test_an_actor_that_is_killed_costs_no_bits_and_is_told_of(
     alone = ModelSpec(**{**slow.model_dump(), "args": {"seconds": "0"}})
     run_job(job(folder, tmp_path / "alone", model=alone, targets=(0, 2)), Silent())
     reporter = Killing()
-    summary = run_job(job(folder, tmp_path / "ray", model=slow, targets=(0, 2), actors=2), reporter)
+    summary = run_job(job(folder, tmp_path / "ray", model=slow, targets=(0, 2), actors=1), reporter)
     alone_maps, together = maps(tmp_path / "alone"), maps(tmp_path / "ray")
     assert alone_maps.keys() == together.keys()
     for key, value in alone_maps.items():
