@@ -34,6 +34,7 @@ from mcrise_ray.tasks import Call
 from mcrise_ray.worker import Built, Setup, Worker
 
 _LOOK_AT_CLUSTER_EVERY = 2.0  # seconds
+_BESIDE = "beside"  # name of the thread beside the one that asks the model
 _KINDS = {
     FaultKind.UNAVAILABLE: ActorUnavailableError,
     FaultKind.HOST_MEMORY: OutOfMemoryError,
@@ -173,6 +174,7 @@ class RayExecutor:
             num_gpus=gpus,
             max_restarts=0,
             max_task_retries=0,
+            concurrency_groups={_BESIDE: 1},
             **({"label_selector": job.label_selector} if job.label_selector else {}),
         )(Worker)
         self._handles: dict[int, ActorHandle] = {}
@@ -204,7 +206,9 @@ class RayExecutor:
 
     def submit(self, actor: int, call: Call) -> None:
         """See `Executor`."""
-        self._watch(actor, call, self._handles[actor].do.remote(call))
+        # What asks for no model runs in a thread of its own, so that a GPU does not wait for it.
+        group = {"concurrency_group": _BESIDE} if call.concludes else {}
+        self._watch(actor, call, self._handles[actor].do.options(**group).remote(call))
 
     def end(self, actor: int) -> None:
         """See `Executor`."""

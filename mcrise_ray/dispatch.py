@@ -193,7 +193,8 @@ class Ledger:
     @property
     def _units_per_call(self) -> int:
         unit_seconds = self.seconds_per_unit
-        return min(math.ceil(_SECONDS_PER_CALL / unit_seconds), _UNITS_PER_CALL) if unit_seconds else 1
+        wanted = math.ceil(_SECONDS_PER_CALL / unit_seconds) if unit_seconds else 1
+        return min(max(wanted, 1), _UNITS_PER_CALL)
 
     def _left(self, image: ImageRef) -> int:
         """Units that an image has to hand out now."""

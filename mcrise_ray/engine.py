@@ -130,7 +130,7 @@ class Tally:
 @dataclass
 class _Actor:
     number: int
-    calls: deque[Call] = field(default_factory=deque)  # in the order they run
+    calls: deque[Call] = field(default_factory=deque)  # in the order they run, or beside each other
     built: bool = False
     finished: int = 0
     scored: bool = False  # any masks
