@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcrise_ray import cli_options as option
-from mcrise_ray.arguments import key_value, one_line_errors, pair, triple
+from mcrise_ray.arguments import actor_count, key_value, one_line_errors, pair, triple
 from mcrise_ray.benchcli import bench
 from mcrise_ray.cli_jobs import Insecure, cluster_app, job_app
 
@@ -44,7 +44,7 @@ def audit(options: option.JobOptions, ray: option.RayOptions) -> None:
     _run(
         options,
         address=ray.address,
-        actors="auto" if ray.actors is None else ray.actors,
+        actors=ray.actors,
         cpus_per_actor=ray.cpus_per_actor,
         gpus_per_actor=ray.gpus_per_actor,
         deadline=ray.deadline,
@@ -101,13 +101,14 @@ def demo(
         _run_and_report(job, overwrite=True)
 
 
-def _run(options: option.JobOptions, address: str | None = None, **settings: Any) -> None:
+def _run(options: option.JobOptions, actors: str | int, address: str | None = None, **settings: Any) -> None:
     """Run the job that the options mean; `settings` are those of its actors."""
     with one_line_errors():
         from mcrise_ray.errors import SpecError
 
         if options.overwrite and options.resume:
             raise SpecError("expected --overwrite or --resume, found both; one removes what the other needs")
+        settings["actors"] = actor_count(actors) if isinstance(actors, str) else actors
         _run_and_report(_job_spec(options, settings), overwrite=options.overwrite, address=address)
 
 

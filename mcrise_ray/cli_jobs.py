@@ -273,7 +273,8 @@ def _probe_lines(job: JobSpec, plan: Plan) -> Iterator[str]:
     size = f"{probe.size[0]} x {probe.size[1]}"
     yield f"bytes        {more}{_bytes(forecast.output_bytes(job, plan, probe))} before compression, {size}"
     rate = f"{probe.masks_per_second:,.0f} masks/s on {probe.device}"
-    for actors in sorted({1, 1 if job.actors == "auto" else max(1, job.actors)}):
+    most = getattr(job.actors, "max", None) or 1
+    for actors in sorted({1, max(1, job.fewest_actors), most}):
         needed = duration(forecast.seconds_needed(plan, probe, actors))
         which = f"{actors} actors" if actors > 1 else "1 actor"
         yield f"time         {more}{needed} with {which} like the one here ({rate})"

@@ -127,7 +127,12 @@ OriginalSize = Annotated[
 
 
 Actors = Annotated[
-    int | None, typer.Option(min=1, help="Actors that each hold the model.  [default: as many as fit]")
+    str,
+    typer.Option(
+        metavar="N|MIN-MAX|auto",
+        help="Actors that each hold the model. auto: as many as fit; 2-8: two, and on a cluster that grows "
+        "up to eight.",
+    ),
 ]
 CpusPerActor = Annotated[int, typer.Option(min=1, help="Cores, and torch threads, per actor.")]
 GpusPerActor = Annotated[
@@ -188,7 +193,7 @@ class JobOptions:
 class RayOptions:
     """What a job may use, and when it gives up."""
 
-    actors: Actors = None
+    actors: Actors = "auto"
     cpus_per_actor: CpusPerActor = 1
     gpus_per_actor: GpusPerActor = None
     address: Address = None

@@ -171,8 +171,7 @@ def _chosen(job: JobSpec) -> Execution | None:
 
 
 def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
-    actors = 1 if job.actors == "auto" else max(1, job.actors)
-    masks = None if images is None else images * job.explain.masks // actors
+    masks = None if images is None else images * job.explain.masks // max(1, job.fewest_actors)
     threads = None if job.actors == 0 else job.cpus_per_actor
     return Setup(
         job.model,
