@@ -16,6 +16,7 @@ from mcrise_ray.cli_jobs import Insecure, cluster_app, job_app
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mcrise_ray.jobs import Summary
     from mcrise_ray.jobspec import JobSpec
 
 app = typer.Typer(
@@ -63,13 +64,14 @@ def run(
         ),
     ] = None,
     overwrite: option.Overwrite = False,
+    log: option.Log = "plain",
     insecure: Insecure = False,
 ) -> None:
     """Run a job file on this machine, or as part of a running Ray; see `submit` for clusters elsewhere."""
     with one_line_errors():
         from mcrise_ray.jobfiles import load_job
 
-        _run_and_report(load_job(file), overwrite=overwrite, address=address, insecure=insecure)
+        _run_and_report(load_job(file), log, overwrite, address, insecure)
 
 
 @app.command()
@@ -77,6 +79,7 @@ def demo(
     output: option.Output = "mcrise-demo",
     masks: Annotated[int, typer.Option("--masks", "-n", help="N, the number of masks.")] = 4000,
     actors: Annotated[int, typer.Option(min=1, help="Actors that each hold the model.")] = 2,
+    log: option.Log = "plain",
 ) -> None:
     """Explain the bundled traffic signs with the bundled classifier on local Ray."""
     with one_line_errors():
@@ -98,7 +101,7 @@ def demo(
             explain=ExplainSpec(masks=masks),
             actors=actors,
         )
-        _run_and_report(job, overwrite=True)
+        _run_and_report(job, log, overwrite=True)
 
 
 def _run(options: option.JobOptions, actors: str | int, address: str | None = None, **settings: Any) -> None:
@@ -109,7 +112,7 @@ def _run(options: option.JobOptions, actors: str | int, address: str | None = No
         if options.overwrite and options.resume:
             raise SpecError("expected --overwrite or --resume, found both; one removes what the other needs")
         settings["actors"] = actor_count(actors) if isinstance(actors, str) else actors
-        _run_and_report(_job_spec(options, settings), overwrite=options.overwrite, address=address)
+        _run_and_report(_job_spec(options, settings), options.log, options.overwrite, address)
 
 
 def _job_spec(options: option.JobOptions, settings: dict[str, Any]) -> JobSpec:
@@ -164,21 +167,32 @@ def _job_spec(options: option.JobOptions, settings: dict[str, Any]) -> JobSpec:
 
 
 def _run_and_report(
-    job: JobSpec, overwrite: bool, address: str | None = None, insecure: bool = False
+    job: JobSpec, log: str, overwrite: bool, address: str | None = None, insecure: bool = False
 ) -> None:
     from rich.console import Console
 
     from mcrise_ray.driver import joined
     from mcrise_ray.jobs import draw_figures, run_job
-    from mcrise_ray.progress import ConsoleReporter, duration
+    from mcrise_ray.progress import log_format, reporter_for
 
     # Signals after Ray, which sets a handler of its own when it connects.
     with (
         joined(address, insecure=insecure),
         _stopped_by_signals(job.output),
-        ConsoleReporter(Console(stderr=True)) as reporter,
+        reporter_for(log_format(log), Console(stderr=True)) as reporter,
     ):
         summary = run_job(job, reporter, overwrite=overwrite)
+    figures: list[str] = []
+    draw_figures(job, figures.append)
+    if log == "plain":
+        _tell(job, summary, figures)
+    if summary.errors:
+        raise typer.Exit(1)
+
+
+def _tell(job: JobSpec, summary: Summary, figures: list[str]) -> None:
+    from mcrise_ray.progress import duration
+
     rate = summary.masks / summary.seconds if summary.seconds else 0
     earlier = f" ({summary.earlier} images by earlier runs)" if summary.earlier else ""
     print(
@@ -190,15 +204,11 @@ def _run_and_report(
         print(f"survived: {summary.replaced} actors replaced; calls repeated: {reasons or 'none'}")
     if summary.halved:
         print(f"{summary.halved} calls ran with half their batch: the last bits of their maps may differ")
-    figures: list[str] = []
-    draw_figures(job, figures.append)
     print(f"results: {job.output}/maps, read with mcrise_ray.read_results({job.output!r})")
     if summary.errors:
         print(f"errors:  {job.output}/errors")
     if figures:
         print(f"figures: {figures[0]}" + (f" and {len(figures) - 1} more" if len(figures) > 1 else ""))
-    if summary.errors:
-        raise typer.Exit(1)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcrise_ray.arguments import one_line_errors
+from mcrise_ray.cli_options import Log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,12 +106,14 @@ def submit(
     entrypoint_resource: Annotated[
         list[str] | None, typer.Option(metavar="NAME=AMOUNT", help="The same, of another resource.")
     ] = None,
+    log: Log = "plain",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print what it prints, to its end.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Even if it has succeeded before.")] = False,
     insecure: Insecure = False,
 ) -> None:
     """Run a job on a cluster. Submitted twice it is one job; one that was stopped or failed is taken up."""
     with one_line_errors():
+        from mcrise_ray.progress import log_format
         from mcrise_ray.submission import submit_job
 
         submitted = submit_job(
@@ -124,6 +127,7 @@ def submit(
             entrypoint_num_gpus=entrypoint_num_gpus,
             entrypoint_memory=entrypoint_memory,
             entrypoint_resources=_amounts("--entrypoint-resource", entrypoint_resource),
+            log=log_format(log),
             again=again,
             insecure=insecure,
         )
@@ -223,6 +227,10 @@ def _status_lines(status: JobStatus) -> Iterator[str]:
     total = "" if progress.images_total is None else f" of {progress.images_total:,}"
     yield f"images     {progress.images_done:,}{total}, {progress.errors:,} errors"
     yield f"masks      {progress.masks_done:,}, {progress.masks_per_second:,.0f} masks/s"
+    if not status.has_ended:
+        yield f"actors     {progress.actors:,}"
+    if progress.retries:
+        yield f"retries    {progress.retries:,}"
     if progress.seconds_left is not None and not status.has_ended:
         yield f"time left  {duration(progress.seconds_left)}"
     if progress.relative_error is not None:

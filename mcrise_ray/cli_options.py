@@ -125,6 +125,14 @@ OriginalSize = Annotated[
     typer.Option("--original-size", help="Store maps at the size of each image, not of the model's input."),
 ]
 
+Log = Annotated[
+    str,
+    typer.Option(
+        metavar="plain|json",
+        envvar="MCRISE_LOG",
+        help="json: one object per line on standard output, and nothing else there.",
+    ),
+]
 
 Actors = Annotated[
     str,
@@ -187,6 +195,7 @@ class JobOptions:
     figures: Figures = 100
     standard_error: StandardError = False
     original_size: OriginalSize = False
+    log: Log = "plain"
 
 
 @dataclass(frozen=True)

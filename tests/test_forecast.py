@@ -10,6 +10,7 @@ import pytest
 import yaml
 from click.testing import Result
 from PIL import Image
+from reporting import Silent
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
@@ -25,21 +26,6 @@ from mcrise_ray.plan import unit_count
 from mcrise_ray.spec import ExplainSpec
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None: ...
-
-    def masks_done(self, masks: int) -> None: ...
-
-    def image_done(self, failed: bool) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def outlook(self) -> dict[str, object]:
-        return {"images_total": None, "seconds_left": None}
 
 
 @pytest.fixture
