@@ -25,6 +25,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
+from mcrise_ray.access import ensure_token, find_token
 from mcrise_ray.engine import Event
 from mcrise_ray.errors import ClusterError, MCRiseError, ModelError
 from mcrise_ray.faults import Fault, FaultKind
@@ -83,17 +84,21 @@ def _gpus(job: JobSpec, there: float) -> float:
 
 @contextmanager
 def local_ray(cpus: int) -> Iterator[None]:
-    """A Ray of our own that only this machine can reach; one that is connected already is used as it is.
+    """A Ray of our own that only this machine can reach, and only with this user's token.
+
+    One that is connected already is used as it is.
 
     Args:
         cpus: logical ones, which decide how many actors fit, not how many cores there are.
 
     Raises:
-        ClusterError: it cannot start.
+        ClusterError: it cannot start, or the token is useless.
     """
     if ray.is_initialized():
         yield
         return
+    if find_token() is None:  # Ray would make one too, with the rights that the umask leaves
+        ensure_token()
     with _loopback_only(), _private_files():
         try:
             ray.init(
@@ -137,7 +142,7 @@ def _loopback_only() -> Iterator[None]:
 
 @contextmanager
 def _private_files() -> Iterator[None]:
-    """Files that Ray makes on its start, its token among them, are for this user alone."""
+    """Files that Ray makes on its start are for this user alone."""
     before = os.umask(0o077)
     try:
         yield

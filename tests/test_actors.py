@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
+from test_chaos import HERE, NAMESPACE, needs_namespaces
 
 from mcrise_ray import cluster
 from mcrise_ray.arguments import actor_count
@@ -123,3 +130,23 @@ def test_actors_on_the_command_line(text: str, meaning: object) -> None:
 def test_actors_that_make_no_sense(text: str) -> None:
     with pytest.raises(SpecError, match=rf"^--actors: expected auto, a number, or a range .*found '{text}'$"):
         actor_count(text)
+
+
+@pytest.mark.slow  # 40 s: three nodes, one after the other
+@needs_namespaces
+def test_a_cluster_without_workers_grows_under_a_job(tmp_path: Path) -> None:
+    """On a real cluster; see `growing.py`."""
+    with tempfile.TemporaryDirectory(prefix="mcr", dir="/tmp") as ray_folder:
+        environment = {
+            **os.environ,
+            "RAY_TMPDIR": ray_folder,
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+            "OMP_NUM_THREADS": "1",
+        }
+        script = f"ip link set lo up; exec {sys.executable} {HERE}/growing.py {tmp_path}"
+        found = subprocess.run(
+            [*NAMESPACE, "bash", "-c", script], env=environment, capture_output=True, text=True, check=False
+        )
+    assert found.returncode == 0, found.stderr[-2000:]
+    # The third is asked for, and waits for a node that never comes.
+    assert json.loads(found.stdout.splitlines()[-1]) == {"alive": [1, 2, 0], "asked": 3, "images": 8}
