@@ -107,7 +107,9 @@ BatchSize = Annotated[str, typer.Option(help="Masked images per call of the mode
 PrecisionName = Annotated[
     str,
     typer.Option(
-        "--precision", help="auto: the fastest way to ask the model that keeps its scores; or float32."
+        "--precision",
+        help="auto: the fastest way to ask the model that keeps its scores; float32; or what was found "
+        "before, such as channels_last+bfloat16.",
     ),
 ]
 AllowTruncated = Annotated[

@@ -15,7 +15,7 @@ from mcrise_ray.errors import ImageError, StoreError
 from mcrise_ray.images import ImageRef, ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec, differences
 from mcrise_ray.lease import Lease
-from mcrise_ray.precision import Execution
+from mcrise_ray.precision import Execution, Precision
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.progress import Reporter
 from mcrise_ray.recorder import Recorder
@@ -165,9 +165,10 @@ def _execution(store: Store) -> Execution | None:
 
 def _chosen(job: JobSpec) -> Execution | None:
     """How the model is asked where the job leaves nothing to try."""
-    if job.precision != "float32" or job.batch_size == "auto" or job.actors == 0:
+    if job.precision == "auto" or job.batch_size == "auto" or job.actors == 0:
         return None
-    return Execution(batch_size=job.batch_size, threads=job.cpus_per_actor)
+    precision = Precision.named(job.precision)
+    return Execution(batch_size=job.batch_size, threads=job.cpus_per_actor, precision=precision)
 
 
 def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
