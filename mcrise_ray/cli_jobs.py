@@ -130,7 +130,8 @@ def submit(
             again=again,
             insecure=insecure,
         )
-        print(f"{submitted.id} writes to {submitted.output}")
+        before = "" if submitted.is_new else f", submitted before: {submitted.status().state}"
+        print(f"{submitted.id} writes to {submitted.output}{before}")
         if not follow:
             print(f"next: mcrise status {submitted.id}, or logs --follow, or stop")
             return

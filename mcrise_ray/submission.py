@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -72,11 +73,17 @@ class JobStatus:
 
 
 class SubmittedJob:
-    """A job on a cluster: what `submit_job` and `find_job` return."""
+    """A job on a cluster: what `submit_job` and `find_job` return.
 
-    def __init__(self, client: Any, address: str, submission_id: str, output: str) -> None:
+    Attributes:
+        id: of the submission.
+        output: where the results go.
+        is_new: whether this call has submitted it; otherwise it was there already.
+    """
+
+    def __init__(self, client: Any, address: str, name: str, output: str, is_new: bool = False) -> None:
         self._client, self._address = client, address
-        self.id, self.output = submission_id, output
+        self.id, self.output, self.is_new = name, output, is_new
 
     def status(self) -> JobStatus:
         """How the job is, and how far.
@@ -219,7 +226,7 @@ def submit_job(
             entrypoint_memory=entrypoint_memory,
             entrypoint_resources=dict(entrypoint_resources) if entrypoint_resources else None,
         )
-    return SubmittedJob(client, url, name, spec.output)
+    return SubmittedJob(client, url, name, spec.output, is_new=True)
 
 
 def find_job(
@@ -253,10 +260,8 @@ def list_jobs(address: str | None = None, *, insecure: bool = False) -> list[Job
     client, url = _client(address, insecure)
     with _errors(url):
         found = [details for details in client.list_jobs() if _OUTPUT in (details.metadata or {})]
-    return [
-        _status(details, far=False)
-        for details in sorted(found, key=lambda d: d.start_time or 0, reverse=True)
-    ]
+    found.sort(key=lambda details: details.start_time or 0, reverse=True)
+    return [_status(details, far=False) for details in found]
 
 
 def submission_id(job: JobSpec) -> str:
@@ -289,6 +294,8 @@ def _client(address: str | None, insecure: bool) -> tuple[Any, str]:
 
     from ray.job_submission import JobSubmissionClient
 
+    # It tells how each connection ends, in between the lines of the job.
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     with _errors(url):
         return JobSubmissionClient(url, headers=headers, verify=verify), url
 

@@ -137,7 +137,9 @@ def test_a_job_from_submission_to_results(
     spec = job(folder, tmp_path / "out")
     submitted = submit_job(spec, cluster.url, metadata={"team": "signs"})
     assert submitted.id == submission_id(spec)
-    assert submit_job(spec, cluster.url).id == submitted.id, "while it runs it is the same job"
+    again = submit_job(spec, cluster.url)
+    assert again.id == submitted.id, "while it runs it is the same job"
+    assert (submitted.is_new, again.is_new) == (True, False)
     lines = "".join(submitted.follow())
     done = submitted.wait(60)
     assert (done.state, done.has_ended) == ("SUCCEEDED", True), lines
