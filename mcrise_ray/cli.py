@@ -11,7 +11,7 @@ import typer
 from mcrise_ray import cli_options as option
 from mcrise_ray.arguments import actor_count, key_value, one_line_errors, pair, triple
 from mcrise_ray.benchcli import bench
-from mcrise_ray.cli_jobs import Insecure, cluster_app, job_app
+from mcrise_ray.cli_jobs import cluster_app, job_app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +45,7 @@ def audit(options: option.JobOptions, ray: option.RayOptions) -> None:
     _run(
         options,
         address=ray.address,
+        insecure=ray.insecure,
         actors=ray.actors,
         cpus_per_actor=ray.cpus_per_actor,
         gpus_per_actor=ray.gpus_per_actor,
@@ -65,7 +66,7 @@ def run(
     ] = None,
     overwrite: option.Overwrite = False,
     log: option.Log = "plain",
-    insecure: Insecure = False,
+    insecure: option.Insecure = False,
 ) -> None:
     """Run a job file on this machine, or as part of a running Ray; see `submit` for clusters elsewhere."""
     with one_line_errors():
@@ -104,15 +105,25 @@ def demo(
         _run_and_report(job, log, overwrite=True)
 
 
-def _run(options: option.JobOptions, actors: str | int, address: str | None = None, **settings: Any) -> None:
+def _run(
+    options: option.JobOptions,
+    actors: str | int,
+    address: str | None = None,
+    insecure: bool = False,
+    **settings: Any,
+) -> None:
     """Run the job that the options mean; `settings` are those of its actors."""
     with one_line_errors():
         from mcrise_ray.errors import SpecError
+        from mcrise_ray.jobfiles import parse_job
 
         if options.overwrite and options.resume:
             raise SpecError("expected --overwrite or --resume, found both; one removes what the other needs")
         settings["actors"] = actor_count(actors) if isinstance(actors, str) else actors
-        _run_and_report(_job_spec(options, settings), options.log, options.overwrite, address)
+        job = _job_spec(options, settings)
+        if address is not None:  # actors of a cluster work in folders of their own
+            job = parse_job(job.model_dump(mode="json"))
+        _run_and_report(job, options.log, options.overwrite, address, insecure)
 
 
 def _job_spec(options: option.JobOptions, settings: dict[str, Any]) -> JobSpec:

@@ -152,6 +152,9 @@ Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster to run on; auto for one on this machine.  [default: start one]"),
 ]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Go to another machine without a token, or with one in the clear.")
+]
 Deadline = Annotated[
     float, typer.Option(help="Seconds until a call counts as stalled; more where units are slow.")
 ]
@@ -208,6 +211,7 @@ class RayOptions:
     cpus_per_actor: CpusPerActor = 1
     gpus_per_actor: GpusPerActor = None
     address: Address = None
+    insecure: Insecure = False
     deadline: Deadline = 60.0
     max_retries: MaxRetries = 3
 

@@ -18,7 +18,7 @@ import mcrise_ray as mr
 from mcrise_ray.progressfile import read_progress
 
 SHARED = Path(__file__).parents[2] / "shared"
-IMAGES, MASKS = 100, 512
+IMAGES, MASKS = 100, 256
 
 pytestmark = [
     pytest.mark.slow,  # 10 min on two cores
@@ -40,7 +40,7 @@ def write_job(folder: Path) -> Path:
     job = yaml.safe_load((Path(__file__).parents[1] / "jobs/gtsrb.yaml").read_text())
     job["model"]["weights"] = str(SHARED / "models/gtsrb_resnet18.safetensors")
     job |= {"images": "images.csv", "output": "there", "batch_size": 64, "actors": 2, "figures": 0}
-    job["precision"] = "channels_last+bfloat16"  # as a trial finds it; the bits are compared
+    job["precision"] = "channels_last"  # as a trial finds it; the bits are compared
     job["explain"]["masks"] = MASKS
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     (folder / "here.yaml").write_text(yaml.safe_dump({**job, "output": "here"}))
