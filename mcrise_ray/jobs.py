@@ -18,7 +18,7 @@ from mcrise_ray.lease import Lease
 from mcrise_ray.precision import Execution, Precision
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.progress import Reporter
-from mcrise_ray.recorder import Recorder
+from mcrise_ray.recorder import Counts, Recorder
 from mcrise_ray.results import Results, read_results
 from mcrise_ray.store import Committed, MapRow, Store
 from mcrise_ray.worker import InProcess, Setup, Worker
@@ -81,9 +81,13 @@ def run_job(
         first = next(left, None)
         if first is None:
             reporter.note(f"all {len(committed)} images are done already in {job.output}")
-            return Summary(
+            summary = Summary(
                 len(committed.explained), len(committed.failed), committed.rows, 0, 0.0, len(committed)
             )
+            reporter.job_ended("done", {key: getattr(summary, key) for key in asdict(Counts())})
+            return summary
+        if job.model.is_untrained:
+            reporter.note(f"the weights of {job.model.model} are random: give --weights, or ?weights=")
         if len(committed):
             reporter.note(f"going on in {job.output}: {len(committed)} images are done")
         reporter.start(count, job.explain.masks, len(committed))
