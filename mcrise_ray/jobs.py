@@ -86,8 +86,6 @@ def run_job(
             )
             reporter.job_ended("done", {key: getattr(summary, key) for key in asdict(Counts())})
             return summary
-        if job.model.is_untrained:
-            reporter.note(f"the weights of {job.model.model} are random: give --weights, or ?weights=")
         if len(committed):
             reporter.note(f"going on in {job.output}: {len(committed)} images are done")
         reporter.start(count, job.explain.masks, len(committed))

@@ -64,7 +64,7 @@ def content(output: Path) -> dict[tuple[str, int], bytes]:
 
 
 def submit_and_stop_half_way(file: Path, cluster: Cluster) -> None:
-    address = ("--address", cluster.url)
+    address, output = ("--address", cluster.url), str(file.parent / "there")
     mcrise("submit", file, *address)
     follow = subprocess.Popen(
         [sys.executable, "-c", "from mcrise_ray.cli import app; app()", "logs", file, "--follow", *address],
@@ -72,9 +72,7 @@ def submit_and_stop_half_way(file: Path, cluster: Cluster) -> None:
         text=True,
     )
     began = time.monotonic()
-    while (
-        progress := read_progress(str(file.parent / "there"))
-    ) is None or progress.images_done < IMAGES / 2:
+    while (progress := read_progress(output)) is None or progress.images_done < IMAGES / 2:
         assert time.monotonic() - began < 600, "the job does not get on"
         time.sleep(1)
     print(f"\nhalf of it: {time.monotonic() - began:.1f} s after the submission")
