@@ -1,8 +1,16 @@
-"""What the commands that explain can be told: each option once, with its help."""
+"""What the commands that explain can be told: each option once, with its help.
+
+Options that several commands have are the fields of a dataclass; `spread` makes a parameter of that type the
+options themselves.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -99,7 +107,9 @@ BatchSize = Annotated[str, typer.Option(help="Masked images per call of the mode
 PrecisionName = Annotated[
     str,
     typer.Option(
-        "--precision", help="auto: the fastest way to ask the model that keeps its scores; or float32."
+        "--precision",
+        help="auto: the fastest way to ask the model that keeps its scores; float32; or what was found "
+        "before, such as channels_last+bfloat16.",
     ),
 ]
 AllowTruncated = Annotated[
@@ -116,3 +126,127 @@ OriginalSize = Annotated[
     bool,
     typer.Option("--original-size", help="Store maps at the size of each image, not of the model's input."),
 ]
+
+Log = Annotated[
+    str,
+    typer.Option(
+        metavar="plain|json",
+        envvar="MCRISE_LOG",
+        help="json: one object per line on standard output, and nothing else there.",
+    ),
+]
+
+Actors = Annotated[
+    str,
+    typer.Option(
+        metavar="N|MIN-MAX|auto",
+        help="Actors that each hold the model. auto: as many as fit; 2-8: two, and on a cluster that grows "
+        "up to eight.",
+    ),
+]
+CpusPerActor = Annotated[int, typer.Option(min=1, help="Cores, and torch threads, per actor.")]
+GpusPerActor = Annotated[
+    float | None, typer.Option(help="GPUs per actor, may be a fraction.  [default: 1 where there is one]")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to run on; auto for one on this machine.  [default: start one]"),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Go to another machine without a token, or with one in the clear.")
+]
+Deadline = Annotated[
+    float, typer.Option(help="Seconds until a call counts as stalled; more where units are slow.")
+]
+MaxRetries = Annotated[
+    int, typer.Option(min=0, help="Of a unit whose actor died, before its image gets an error row.")
+]
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What is explained how, and where the results go."""
+
+    images: Sources
+    model: ModelName
+    weights: Weights = None
+    classes: Classes = None
+    model_arg: ModelArgs = None
+    size: Size = None
+    resize: Resize = None
+    shorter_side: ShorterSide = None
+    interpolation: Interpolation = None
+    input_range: InputRange = None
+    mean: Mean = None
+    std: Std = None
+    activation: Activation = None
+    device: Device = None
+    target: Targets = field(default_factory=lambda: ["predicted"])
+    masks: MaskCount = None
+    relative_error: RelativeError = None
+    estimator: Estimator = "control-variate"
+    grid: Grid = "8x8"
+    p_mask: PMask = 0.5
+    colors: Colors = None
+    method: Method = "mc-rise"
+    seed: Seed = 0
+    output: Output = "mcrise-results"
+    overwrite: Overwrite = False
+    resume: Resume = False
+    allow_truncated: AllowTruncated = False
+    max_pixels: MaxPixels = None
+    precision: PrecisionName = "auto"
+    batch_size: BatchSize = "auto"
+    figures: Figures = 100
+    standard_error: StandardError = False
+    original_size: OriginalSize = False
+    log: Log = "plain"
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """What a job may use, and when it gives up."""
+
+    actors: Actors = "auto"
+    cpus_per_actor: CpusPerActor = 1
+    gpus_per_actor: GpusPerActor = None
+    address: Address = None
+    insecure: Insecure = False
+    deadline: Deadline = 60.0
+    max_retries: MaxRetries = 3
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as typer reads it: parameters that are dataclasses become one option for each field."""
+    kinds: dict[str, Any] = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in kinds.items() if is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            parameters += _parameters(groups[name])
+        else:
+            parameters.append(parameter.replace(annotation=kinds[name], kind=_KEYWORD))
+
+    @functools.wraps(command)
+    def spread_command(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{option.name: given.pop(option.name) for option in fields(group)})
+        command(**given)
+
+    spread_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return spread_command
+
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    """One parameter for each field of a dataclass."""
+    kinds = get_type_hints(group, include_extras=True)
+    found = []
+    for option in fields(group):
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        default = inspect.Parameter.empty if default is MISSING else default
+        found.append(inspect.Parameter(option.name, _KEYWORD, default=default, annotation=kinds[option.name]))
+    return found

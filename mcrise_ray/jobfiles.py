@@ -301,9 +301,10 @@ def _example(model: type[BaseModel], prefix: str, depth: int) -> Iterator[str]:
             continue
         value = _EXAMPLES[path] if field.is_required() else field.get_default(call_default_factory=True)
         yield f"{margin}{name}: {json.dumps(value)}"
-        if path in _PARTS:
-            # Commented out, because a part that is given replaces what the model says of itself.
-            part = (line for line in _example(_PARTS[path], f"{path}.", 1) if line)
+        section = _section(field, path)
+        if section is not None:
+            # Commented out, because it replaces the default, such as what the model says of itself.
+            part = (line for line in _example(section, f"{path}.", 1) if line)
             yield from (f"{margin}# {line}" for line in part)
 
 

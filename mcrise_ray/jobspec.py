@@ -6,9 +6,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mcrise_ray.decode import DecodeOptions
+from mcrise_ray.errors import SpecError
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.targets import TargetChoice
@@ -17,6 +18,24 @@ from mcrise_ray.tuning import PrecisionChoice
 _FREE_TO_CHANGE = frozenset(
     {"output", "actors", "gpus_per_actor", "label_selector", "figures", "deadline", "max_retries"}
 )
+
+
+class ActorRange(StrictModel):
+    """How many actors a job works with on a cluster that grows.
+
+    Args:
+        min: asked for from the start.
+        max: asked for at most; null leaves the limit to the cluster.
+    """
+
+    min: int = Field(default=1, ge=1)
+    max: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_order(self) -> ActorRange:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"expected min to be at most max, found {self.min} and {self.max}")
+        return self
 
 
 class JobSpec(StrictModel):
@@ -30,16 +49,21 @@ class JobSpec(StrictModel):
             names; see `parse_targets`. Several targets share one pass.
         decode: what is decoded and what is refused.
         explain: method, masks, fills.
-        actors: Ray actors that each hold the model. A number asks for so many, which makes a cluster grow
-            that can, and works with those that are there; `auto` takes as many as fit, also while the cluster
-            grows or shrinks; 0 runs in this process without Ray.
+        actors: Ray actors that each hold the model. `auto`: as many as fit, also while the cluster grows or
+            shrinks; one is asked for where none does. A number: asked for in any case, which makes a cluster
+            grow that can; work begins with those that are there. `{min: 2, max: 8}`: two are asked for in
+            any case, more taken as they fit, and in a job that goes on twice as many as fit are asked for
+            again and again, so that a cluster grows that can. 0: in this process, without Ray.
         cpus_per_actor: cores, and threads of torch, per actor.
         gpus_per_actor: may be a fraction below 1, so that actors share a GPU; null takes one where the
-            cluster has any.
+            cluster has any when the job begins, so say 1 where it starts from none.
         label_selector: labels of Ray that an actor's node must have, such as
             `{ray.io/accelerator-type: A100}`.
         precision: `"auto"` asks the model in the fastest way that keeps its scores, see `mcrise_ray.tuning`;
-            `"float32"` asks it as it is. What was chosen is stored, and kept on resuming.
+            `"float32"` asks it as it is. What was chosen is stored, and kept on resuming; but two runs of one
+            job may choose differently, because trials are timed. `"channels_last+bfloat16"` and the like,
+            with a batch_size, name what `mcrise job check` or an earlier run has found: then the bits are
+            the same too.
         batch_size: masked images per call of the model; `"auto"` tries several.
         standard_error: store the standard error of every pixel too, at the price of twice the space.
         original_size: store maps at the size of each image instead of the model's input: bilinear, NaN where
@@ -56,7 +80,7 @@ class JobSpec(StrictModel):
     targets: TargetChoice = ("predicted",)
     decode: DecodeOptions = Field(default_factory=DecodeOptions)
     explain: ExplainSpec = Field(default_factory=ExplainSpec)
-    actors: Literal["auto"] | int = "auto"
+    actors: Literal["auto"] | int | ActorRange = "auto"
     cpus_per_actor: int = Field(default=1, ge=1)
     gpus_per_actor: float | None = Field(default=None, ge=0)
     label_selector: dict[str, str] = Field(default_factory=dict)
@@ -73,9 +97,12 @@ class JobSpec(StrictModel):
     def _check_actors(cls, actors: Any) -> Any:
         # Before the union is tried, whose message would list the failure of each of its members.
         count = isinstance(actors, int) and not isinstance(actors, bool) and actors >= 0
-        if actors != "auto" and not count:
-            raise ValueError(f"expected auto or a whole number, found {actors!r}")
-        return actors
+        if actors != "auto" and not count and not isinstance(actors, ActorRange | dict):
+            raise ValueError(f"expected auto, a whole number, or min and max, found {actors!r}")
+        try:
+            return ActorRange(**actors) if isinstance(actors, dict) else actors
+        except SpecError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("gpus_per_actor")
     @classmethod
@@ -85,6 +112,22 @@ class JobSpec(StrictModel):
                 f"expected a fraction below 1 or a whole number, as Ray shares GPUs, found {gpus}"
             )
         return gpus
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> JobSpec:
+        if self.precision not in ("auto", "float32") and self.batch_size == "auto":
+            raise ValueError(
+                f"batch_size: expected a number beside precision {self.precision}, because both are chosen "
+                "together, found auto"
+            )
+        return self
+
+    @property
+    def fewest_actors(self) -> int:
+        """How many actors are asked for, whether they fit or not."""
+        if isinstance(self.actors, ActorRange):
+            return self.actors.min
+        return 1 if self.actors == "auto" else self.actors
 
     @property
     def identity(self) -> dict[str, Any]:

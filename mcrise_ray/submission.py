@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -25,6 +26,7 @@ import requests
 from mcrise_ray import files
 from mcrise_ray.access import token_for
 from mcrise_ray.errors import ClusterError, SpecError
+from mcrise_ray.progress import LOG_VARIABLE, LogFormat
 from mcrise_ray.progressfile import Progress, read_progress
 from mcrise_ray.results import Results, read_results
 
@@ -71,11 +73,17 @@ class JobStatus:
 
 
 class SubmittedJob:
-    """A job on a cluster: what `submit_job` and `find_job` return."""
+    """A job on a cluster: what `submit_job` and `find_job` return.
 
-    def __init__(self, client: Any, address: str, submission_id: str, output: str) -> None:
+    Attributes:
+        id: of the submission.
+        output: where the results go.
+        is_new: whether this call has submitted it; otherwise it was there already.
+    """
+
+    def __init__(self, client: Any, address: str, name: str, output: str, is_new: bool = False) -> None:
         self._client, self._address = client, address
-        self.id, self.output = submission_id, output
+        self.id, self.output, self.is_new = name, output, is_new
 
     def status(self) -> JobStatus:
         """How the job is, and how far.
@@ -148,6 +156,7 @@ def submit_job(
     entrypoint_num_gpus: float | None = None,
     entrypoint_memory: int | None = None,
     entrypoint_resources: Mapping[str, float] | None = None,
+    log: LogFormat = "plain",
     again: bool = False,
     insecure: bool = False,
 ) -> SubmittedJob:
@@ -168,6 +177,7 @@ def submit_job(
         entrypoint_num_gpus: the same.
         entrypoint_memory: the same, in bytes.
         entrypoint_resources: the same, of other resources.
+        log: `json` has the job print one JSON object per line.
         again: run a job that has succeeded once more.
         insecure: send it to another machine without a token, or with one in the clear.
 
@@ -203,19 +213,20 @@ def submit_job(
             "uv": uv and list(uv),
             "working_dir": working_dir and str(working_dir),
         }
+        variables = {JOB_VARIABLE: content, LOG_VARIABLE: log}
         _start(
             client,
             base,
             entrypoint=_ENTRYPOINT,
             submission_id=name,
-            runtime_env={"env_vars": {JOB_VARIABLE: content}, **{k: v for k, v in given.items() if v}},
+            runtime_env={"env_vars": variables, **{k: v for k, v in given.items() if v}},
             metadata={**(metadata or {}), _OUTPUT: spec.output, _JOB: base},
             entrypoint_num_cpus=entrypoint_num_cpus,
             entrypoint_num_gpus=entrypoint_num_gpus,
             entrypoint_memory=entrypoint_memory,
             entrypoint_resources=dict(entrypoint_resources) if entrypoint_resources else None,
         )
-    return SubmittedJob(client, url, name, spec.output)
+    return SubmittedJob(client, url, name, spec.output, is_new=True)
 
 
 def find_job(
@@ -249,10 +260,8 @@ def list_jobs(address: str | None = None, *, insecure: bool = False) -> list[Job
     client, url = _client(address, insecure)
     with _errors(url):
         found = [details for details in client.list_jobs() if _OUTPUT in (details.metadata or {})]
-    return [
-        _status(details, far=False)
-        for details in sorted(found, key=lambda d: d.start_time or 0, reverse=True)
-    ]
+    found.sort(key=lambda details: details.start_time or 0, reverse=True)
+    return [_status(details, far=False) for details in found]
 
 
 def submission_id(job: JobSpec) -> str:
@@ -285,6 +294,8 @@ def _client(address: str | None, insecure: bool) -> tuple[Any, str]:
 
     from ray.job_submission import JobSubmissionClient
 
+    # It tells how each connection ends, in between the lines of the job.
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     with _errors(url):
         return JobSubmissionClient(url, headers=headers, verify=verify), url
 

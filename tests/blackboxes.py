@@ -60,3 +60,22 @@ class Hungry(nn.Module):
 
 def slow_means(seconds: str, flag: str = "", gib: str = "0") -> nn.Module:
     return Hungry(float(seconds), flag, float(gib))
+
+
+class DiesOnce(nn.Module):
+    """Channel means, until the file `flag` is there to be removed: then its process ends."""
+
+    def __init__(self, flag: str) -> None:
+        super().__init__()
+        self.flag = flag
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) == 64:  # masked images, not the ones that a model is tried with
+            with suppress(FileNotFoundError):
+                os.unlink(self.flag)
+                os._exit(1)
+        return 4 * images.mean(dim=(2, 3))
+
+
+def dies_once(flag: str) -> nn.Module:
+    return DiesOnce(flag)

@@ -10,9 +10,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from mcrise_ray import cli, cluster
 from mcrise_ray.access import ensure_token, find_token, is_loopback, token_for, token_path
 from mcrise_ray.cli import app
 from mcrise_ray.errors import ClusterError
+from mcrise_ray.jobspec import ActorRange, JobSpec
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +137,56 @@ def test_other_machines_need_a_token_or_our_word(caplog: pytest.LogCaptureFixtur
     assert "in the clear" in caplog.text
 
 
+# Ray on this machine alone.
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """The mode of the token's file each time that Ray starts; None where there is no file."""
+    modes: list[int | None] = []
+
+    def start(**_: object) -> None:
+        modes.append(mode(token_path()) if token_path().exists() else None)
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", start)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    return modes
+
+
+@pytest.mark.parametrize("left_behind", [None, 0o644, 0o600])
+def test_local_mode_starts_with_a_token_for_this_user_alone(
+    home: Path, started: list[int | None], left_behind: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray itself leaves one that everyone may read, where the umask says so."""
+    if left_behind is not None:
+        ensure_token()[0].chmod(left_behind)
+    before = os.umask(0o000)
+    try:
+        with cluster.local_ray(1):
+            pass
+    finally:
+        os.umask(before)
+    assert started == [0o600]
+    assert ("others could read the token" in caplog.text) is (left_behind == 0o644)
+
+
+def test_local_mode_makes_no_file_beside_a_token_of_the_environment(
+    started: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with cluster.local_ray(1):
+        pass
+    assert started == [None]
+
+
+def test_local_mode_does_not_start_with_a_useless_token(home: Path, started: list[int | None]) -> None:
+    ensure_token()[0].write_text("")
+    with pytest.raises(ClusterError, match=r"auth_token, found an empty file"), cluster.local_ray(1):
+        pass
+    assert started == []
+
+
 # The command line.
 
 
@@ -175,6 +227,28 @@ def test_joining_another_machine_needs_a_token(tmp_path: Path) -> None:
     done = mcrise("run", tmp_path / "job.yaml", "--address", "10.0.0.1:6379")
     assert done.exit_code == 2
     assert "expected a token for 10.0.0.1:6379" in done.stderr
+
+
+def test_an_audit_on_a_cluster_has_paths_that_its_machines_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its actors work in folders of their own."""
+    asked: list[tuple[JobSpec, str | None, bool]] = []
+
+    def note(job: JobSpec, log: str, overwrite: bool, address: str | None, insecure: bool) -> None:
+        asked.append((job, address, insecure))
+
+    monkeypatch.setattr(cli, "_run_and_report", note)
+    monkeypatch.chdir(tmp_path)
+    given = ("audit", "images", "--model", "m:f", "--weights", "w.safetensors", "--output", "out")
+    mcrise(*given, "--address", "10.0.0.1:6379", "--insecure", "--actors", "2-8")
+    mcrise(*given)
+    (there, address, insecure), (here, none, _) = asked
+    assert (there.images, there.model.weights, there.output) == (
+        (f"{tmp_path}/images",), f"{tmp_path}/w.safetensors", f"{tmp_path}/out",
+    )  # fmt: skip
+    assert (address, insecure, there.actors) == ("10.0.0.1:6379", True, ActorRange(min=2, max=8))
+    assert (here.images, here.output, none, here.actors) == (("images",), "out", None, "auto")
 
 
 def test_a_job_file_runs_here(tmp_path: Path) -> None:

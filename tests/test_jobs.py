@@ -193,6 +193,12 @@ def test_local_ray_listens_on_loopback_only(local_ray: None) -> None:
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
+def test_local_ray_asks_for_a_token(local_ray: None) -> None:
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+
+
 def test_local_ray_leaves_the_environment_as_it_was(local_ray: None) -> None:
     assert ray.is_initialized()
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
@@ -245,6 +251,13 @@ def test_a_finished_job_submitted_again_does_nothing(folder: Path, tmp_path: Pat
     assert (first.images, first.errors, first.rows) == (3, 4, 6)
     assert "all 7 images are done already" in reporter.notes[0]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == files
+
+
+def test_random_weights_are_said_to_be(folder: Path, tmp_path: Path) -> None:
+    untrained = ModelSpec(model="torchvision:squeezenet1_1?num_classes=3", preprocessing={"size": (32, 32)})
+    reporter = Silent()
+    run_job(job(folder / "deep/er", tmp_path, model=untrained, explain=ExplainSpec(masks=1)), reporter)
+    assert sum("its weights are random" in note for note in reporter.notes) == 1
 
 
 def test_overwriting_waits_until_the_new_job_can_start(folder: Path, tmp_path: Path) -> None:
