@@ -27,10 +27,11 @@ class JobSpec(StrictModel):
     """Everything that a job is.
 
     Args:
-        kind: `"explain"`: classes of each image; `"reid"`: why each image, a query, is like its matches.
         images: files, folders, manifests, shards, datasets: see `ImageSource`.
         model: which model; for `reid` one that embeds, see `load_embedder`.
         output: folder or URL of the results.
+        kind: `"explain"`: classes of each image; `"reid"`: why each image, a query, is like its matches in a
+            gallery, which then has to be given below.
         targets: `"predicted"`, `"top5"`, `"truth"`, `"predicted+truth"`, `"manifest"`, or class indices and
             names; see `parse_targets`. Several targets share one pass. Not for `reid`.
         reid: the gallery and which matches, for `reid` alone.
@@ -56,10 +57,10 @@ class JobSpec(StrictModel):
         max_retries: of a unit of masks whose actor died under it, before its image gets an error row.
     """
 
-    kind: Literal["explain", "reid"] = "explain"
     images: tuple[str, ...]
     model: ModelSpec
     output: str
+    kind: Literal["explain", "reid"] = "explain"
     targets: TargetChoice = _PREDICTED
     reid: ReidSpec | None = None
     decode: DecodeOptions = Field(default_factory=DecodeOptions)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from mcrise_ray.errors import SpecError
 from mcrise_ray.matching import parse_matches
 from mcrise_ray.reid import DistanceKind
 from mcrise_ray.spec import StrictModel
@@ -15,7 +16,14 @@ def _one_or_more(sources: Any) -> Any:
     return (sources,) if isinstance(sources, str) else sources
 
 
-MatchChoice = Annotated[tuple[str, ...], BeforeValidator(parse_matches)]
+def _words(asked: Any) -> tuple[str, ...]:
+    try:
+        return parse_matches(asked)
+    except SpecError as error:
+        raise ValueError(str(error)) from None
+
+
+MatchChoice = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
 class ReidSpec(StrictModel):

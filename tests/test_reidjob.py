@@ -177,8 +177,8 @@ def mixed(folder: Path, tmp_path: Path) -> Path:
     (root / "query/0001_c1s1_broken.png").write_bytes(b"no image")
     save(root / "query/0005_c1s1_blue.png", one_colour((0, 0, 255)))
     save(root / "query/0006_c1s1_alone.png", person(6))
-    save(root / "query/0002_c1s1_twin.png", person(2, 9))
-    save(root / "gallery/0002_c2s1_twin.png", person(2, 9))
+    save(root / "query/0002_c1s1_twin.png", person(2, 11))
+    save(root / "gallery/0002_c2s1_twin.png", person(2, 11))
     (root / "gallery/0001_c1s1_000001_00.png").unlink(missing_ok=True)
     (root / "gallery/0001_c1s1_000001_00.png").write_bytes(b"not an image either")  # of a query's name
     save(root / "gallery/0009_c1s1_blue.png", one_colour((0, 0, 255)))
