@@ -51,3 +51,17 @@ def key_value(argument: str) -> tuple[str, str]:
     if not separator or not key.isidentifier():
         raise SpecError(f"--model-arg: expected KEY=VALUE, found {argument!r}")
     return key, value
+
+
+def actor_count(text: str) -> int | str | dict[str, int]:
+    """What `--actors` means: `auto`, a number, or the range 2-8."""
+    from mcrise_ray.errors import SpecError
+
+    least, dash, most = text.partition("-")
+    if text == "auto":
+        return text
+    if dash and least.isdigit() and most.isdigit():
+        return {"min": int(least), "max": int(most)}
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise SpecError(f"--actors: expected auto, a number, or a range such as 2-8, found {text!r}")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from mcrise_ray.masks import draw
 from mcrise_ray.memory import forget_peak, peak_memory
 from mcrise_ray.models import Model, load_model
 from mcrise_ray.precision import Execution
+from mcrise_ray.progress import Quiet
 from mcrise_ray.scores import launch
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.timing import Ratio, alternate, at_equal_error
@@ -289,29 +290,9 @@ def _job_seconds(case: Case, folder: str, count: int) -> float:
         figures=0,
     )
     try:
-        return run_job(job, _Silent(), overwrite=True).seconds
+        return run_job(job, Quiet(), overwrite=True).seconds
     finally:
         shutil.rmtree(job.output, ignore_errors=True)
-
-
-class _Silent:
-    """A reporter that says nothing."""
-
-    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
-        """See `Reporter`."""
-
-    def masks_done(self, masks: int) -> None:
-        """See `Reporter`."""
-
-    def image_done(self, failed: bool) -> None:
-        """See `Reporter`."""
-
-    def note(self, text: str) -> None:
-        """See `Reporter`."""
-
-    def outlook(self) -> dict[str, Any]:
-        """See `Reporter`."""
-        return {}
 
 
 def memory_beyond_model(case: Case, spec: ExplainSpec, what: Contender) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcrise_ray.arguments import one_line_errors
+from mcrise_ray.cli_options import Log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,9 +79,8 @@ def check(
         plan = forecast.plan_job(job)
         for line in _plan_lines(job, plan):
             print(line)
-        if probe:
-            for line in _probe_lines(job, plan):
-                print(line)
+        for line in _probe_lines(job, plan) if probe else [_calls_line(job, plan, plan.model_calls)]:
+            print(line)
 
 
 @cluster_app.command()
@@ -105,12 +105,14 @@ def submit(
     entrypoint_resource: Annotated[
         list[str] | None, typer.Option(metavar="NAME=AMOUNT", help="The same, of another resource.")
     ] = None,
+    log: Log = "plain",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print what it prints, to its end.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Even if it has succeeded before.")] = False,
     insecure: Insecure = False,
 ) -> None:
     """Run a job on a cluster. Submitted twice it is one job; one that was stopped or failed is taken up."""
     with one_line_errors():
+        from mcrise_ray.progress import log_format
         from mcrise_ray.submission import submit_job
 
         submitted = submit_job(
@@ -124,6 +126,7 @@ def submit(
             entrypoint_num_gpus=entrypoint_num_gpus,
             entrypoint_memory=entrypoint_memory,
             entrypoint_resources=_amounts("--entrypoint-resource", entrypoint_resource),
+            log=log_format(log),
             again=again,
             insecure=insecure,
         )
@@ -223,6 +226,10 @@ def _status_lines(status: JobStatus) -> Iterator[str]:
     total = "" if progress.images_total is None else f" of {progress.images_total:,}"
     yield f"images     {progress.images_done:,}{total}, {progress.errors:,} errors"
     yield f"masks      {progress.masks_done:,}, {progress.masks_per_second:,.0f} masks/s"
+    if not status.has_ended:
+        yield f"actors     {progress.actors:,}"
+    if progress.retries:
+        yield f"retries    {progress.retries:,}"
     if progress.seconds_left is not None and not status.has_ended:
         yield f"time left  {duration(progress.seconds_left)}"
     if progress.relative_error is not None:
@@ -256,27 +263,49 @@ def _amounts(option: str, given: list[str] | None) -> dict[str, float]:
 
 
 def _plan_lines(job: JobSpec, plan: Plan) -> Iterator[str]:
-    more = "" if plan.complete else "more than "
-    yield f"images       {more}{plan.images:,}"
-    yield f"units        {more}{plan.units:,}"
-    yield f"model calls  {more}{plan.model_calls:,} with {more}{plan.masks:,} masked images in all"
-    yield f"rows         at most {plan.rows:,}" + ("" if plan.complete else " so far")
+    more, so_far = _more(job), _so_far(plan)
+    yield f"images       {plan.images:,}{so_far}"
+    if job.reid is not None:
+        yield f"gallery      {plan.gallery:,}{so_far}"
+    yield f"units        {more}{plan.units:,}{so_far}"
+    yield f"masks        {more}{plan.masks:,}{so_far}"
+    yield f"rows         at most {plan.rows:,}{so_far}"
     yield f"output       {job.output}"
+
+
+def _more(job: JobSpec) -> str:
+    """Counts are limits where each image goes on only until it is good enough."""
+    return "" if job.explain.relative_error is None else "at most "
+
+
+def _so_far(plan: Plan) -> str:
+    return "" if plan.complete else ", of those listed so far"
+
+
+def _calls_line(job: JobSpec, plan: Plan, calls: int, batch_size: int | None = None) -> str:
+    batches = f" with batches of {batch_size}" if batch_size is not None else ""
+    return f"model calls  {_more(job)}{calls:,}{batches}{_so_far(plan)}"
 
 
 def _probe_lines(job: JobSpec, plan: Plan) -> Iterator[str]:
     from mcrise_ray import forecast
     from mcrise_ray.progress import duration
 
-    probe = forecast.probe_job(job)
-    more = "" if plan.complete else "more than "
+    probe = forecast.probe_job(job, masks=plan.masks if plan.complete else None)
+    batch_size = probe.execution.batch_size
+    yield _calls_line(job, plan, forecast.calls(job, plan.images, batch_size, plan.gallery), batch_size)
     size = f"{probe.size[0]} x {probe.size[1]}"
-    yield f"bytes        {more}{_bytes(forecast.output_bytes(job, plan, probe))} before compression, {size}"
+    yield (
+        f"bytes        at most {_bytes(forecast.output_bytes(job, plan, probe))} before compression, maps of "
+        f"{size}{_so_far(plan)}"
+    )
+    yield f"precision    {probe.execution.precision}"
     rate = f"{probe.masks_per_second:,.0f} masks/s on {probe.device}"
-    for actors in sorted({1, 1 if job.actors == "auto" else max(1, job.actors)}):
+    most = getattr(job.actors, "max", None) or 1
+    for actors in sorted({1, max(1, job.fewest_actors), most}):
         needed = duration(forecast.seconds_needed(plan, probe, actors))
         which = f"{actors} actors" if actors > 1 else "1 actor"
-        yield f"time         {more}{needed} with {which} like the one here ({rate})"
+        yield f"time         {_more(job)}{needed} with {which} like the one here ({rate}){_so_far(plan)}"
 
 
 def _bytes(count: float) -> str:

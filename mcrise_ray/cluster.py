@@ -25,15 +25,17 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
+from mcrise_ray.access import ensure_token, find_token
 from mcrise_ray.engine import Event
 from mcrise_ray.errors import ClusterError, MCRiseError, ModelError
 from mcrise_ray.faults import Fault, FaultKind
-from mcrise_ray.jobspec import JobSpec
+from mcrise_ray.jobspec import ActorRange, JobSpec
 from mcrise_ray.precision import Execution
 from mcrise_ray.tasks import Call
 from mcrise_ray.worker import Built, Setup, Worker
 
 _LOOK_AT_CLUSTER_EVERY = 2.0  # seconds
+_GROW_AFTER = 30.0  # seconds of work with what is there: shorter jobs are done before a machine has come
 _KINDS = {
     FaultKind.UNAVAILABLE: ActorUnavailableError,
     FaultKind.HOST_MEMORY: OutOfMemoryError,
@@ -59,8 +61,8 @@ def connect(
     if address is None and not ray.is_initialized():
         gpus = _gpus(job, float(torch.cuda.device_count()))
         cores = os.cpu_count() or 1
-        with local_ray(max(cores, _count(job) * job.cpus_per_actor)):
-            yield RayExecutor(job, setup, execution, gpus)
+        with local_ray(max(cores, job.fewest_actors * job.cpus_per_actor)):
+            yield RayExecutor(job, setup, execution, gpus, may_grow=False)
         return
     ours = not ray.is_initialized()
     if ours:
@@ -75,11 +77,6 @@ def connect(
             ray.shutdown()
 
 
-def _count(job: JobSpec) -> int:
-    """Actors to make room for."""
-    return 1 if job.actors == "auto" else job.actors
-
-
 def _gpus(job: JobSpec, there: float) -> float:
     """GPUs per actor."""
     return float(there > 0) if job.gpus_per_actor is None else job.gpus_per_actor
@@ -87,17 +84,21 @@ def _gpus(job: JobSpec, there: float) -> float:
 
 @contextmanager
 def local_ray(cpus: int) -> Iterator[None]:
-    """A Ray of our own that only this machine can reach; one that is connected already is used as it is.
+    """A Ray of our own that only this machine can reach, and only with this user's token.
+
+    One that is connected already is used as it is.
 
     Args:
         cpus: logical ones, which decide how many actors fit, not how many cores there are.
 
     Raises:
-        ClusterError: it cannot start.
+        ClusterError: it cannot start, or the token is useless.
     """
     if ray.is_initialized():
         yield
         return
+    if find_token() is None:  # Ray would make one too, with the rights that the umask leaves
+        ensure_token()
     with _loopback_only(), _private_files():
         try:
             ray.init(
@@ -141,7 +142,7 @@ def _loopback_only() -> Iterator[None]:
 
 @contextmanager
 def _private_files() -> Iterator[None]:
-    """Files that Ray makes on its start, its token among them, are for this user alone."""
+    """Files that Ray makes on its start are for this user alone."""
     before = os.umask(0o077)
     try:
         yield
@@ -163,9 +164,12 @@ class RayExecutor:
         setup: of every actor.
         execution: how the model is asked, where that is known.
         gpus: per actor.
+        may_grow: whether machines may come to the cluster when actors wait for them.
     """
 
-    def __init__(self, job: JobSpec, setup: Setup, execution: Execution | None, gpus: float) -> None:
+    def __init__(
+        self, job: JobSpec, setup: Setup, execution: Execution | None, gpus: float, may_grow: bool = True
+    ) -> None:
         self._job, self._setup, self._execution = job, setup, execution
         self._resources = {"CPU": float(job.cpus_per_actor)} | ({"GPU": gpus} if gpus else {})
         self._class = ray.remote(
@@ -177,7 +181,8 @@ class RayExecutor:
         )(Worker)
         self._handles: dict[int, ActorHandle] = {}
         self._events: SimpleQueue[Event] = SimpleQueue()
-        self._wanted, self._looked = 0, -math.inf
+        self._may_grow = may_grow
+        self._fitting, self._fitting_since, self._looked = 0, 0.0, -math.inf
         self._choosing: int | None = None  # the actor that does
         self._held: list[int] = []  # actors that wait for it
 
@@ -186,14 +191,29 @@ class RayExecutor:
         return time.monotonic()
 
     def wanted(self) -> int:
-        """What was asked for, or as many as fit the cluster of the last seconds."""
-        if self._job.actors != "auto":
-            return self._job.actors
+        """What was asked for, or as many as fit the cluster of the last seconds.
+
+        Only actors that wait make a cluster grow, and they cost nothing where it cannot; they vanish with
+        their driver, which a request to the autoscaler would outlive.
+        """
+        actors = self._job.actors
+        if isinstance(actors, int):
+            return actors
+        self._look_at_cluster()
+        wanted = max(self._job.fewest_actors, self._fitting)
+        if isinstance(actors, ActorRange):
+            if self._may_grow and self.now() - self._fitting_since > _GROW_AFTER:
+                wanted = max(wanted, 2 * self._fitting)
+            wanted = min(wanted, actors.max or wanted)
+        return wanted
+
+    def _look_at_cluster(self) -> None:
         if self.now() - self._looked > _LOOK_AT_CLUSTER_EVERY:
             self._looked = self.now()
-            fitting = (_fit(node, self._resources, self._job.label_selector) for node in _alive_nodes())
-            self._wanted = max(1, sum(fitting))
-        return self._wanted
+            nodes = (_fit(node, self._resources, self._job.label_selector) for node in _alive_nodes())
+            fitting = sum(nodes)
+            if fitting != self._fitting:
+                self._fitting, self._fitting_since = fitting, self._looked
 
     def start(self, actor: int) -> None:
         """See `Executor`."""

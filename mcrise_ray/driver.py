@@ -21,7 +21,14 @@ from mcrise_ray.errors import ClusterError, MCRiseError, SpecError
 from mcrise_ray.jobfiles import load_job
 from mcrise_ray.jobs import run_job
 from mcrise_ray.jobspec import JobSpec
-from mcrise_ray.progress import ConsoleReporter, Reporter
+from mcrise_ray.progress import (
+    LOG_VARIABLE,
+    ConsoleReporter,
+    JsonReporter,
+    Reporter,
+    log_format,
+    reporter_for,
+)
 from mcrise_ray.submission import JOB_VARIABLE
 
 
@@ -37,6 +44,16 @@ def run_here(file: str | None = None) -> int:
     """
     console = Console(file=sys.stdout)
     try:
+        reporter = reporter_for(log_format(os.environ.get(LOG_VARIABLE, "plain")), console)
+    except SpecError as error:
+        ConsoleReporter(console).tell("error", f"error: {error}", "error")
+        return 2
+    with reporter:
+        return _run(file, reporter)
+
+
+def _run(file: str | None, reporter: ConsoleReporter | JsonReporter) -> int:
+    try:
         job = load_job(file) if file is not None else _job_of_environment()
         address = os.environ.get("RAY_ADDRESS")
         if address:
@@ -45,17 +62,16 @@ def run_here(file: str | None = None) -> int:
         # A job is stopped with this signal, which would otherwise end it in the middle of a write. Ray sets a
         # handler of its own when it connects.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with ConsoleReporter(console) as reporter:
-            summary = run_job(job, _metered(reporter) if address else reporter)
-            reporter.note(
-                f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
-                f"{summary.masks} masks in {summary.seconds:.1f} s"
-            )
+        summary = run_job(job, _metered(reporter) if address else reporter)
+        reporter.note(
+            f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
+            f"{summary.masks} masks in {summary.seconds:.1f} s"
+        )
     except KeyboardInterrupt:
-        console.print("stopped; submit the same job again to resume")
+        reporter.tell("note", "stopped; submit the same job again to resume", "warning")
         return 130
     except MCRiseError as error:
-        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        reporter.tell("error", f"error: {error}", "error")
         return 2
     return 0
 

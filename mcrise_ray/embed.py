@@ -110,7 +110,11 @@ def read_pairs(location: str) -> dict[str, list[str]]:
     Raises:
         ImageError: it cannot be read, or has other columns.
     """
-    with files.open_seekable(location) as file:
+    try:
+        opened = files.open_seekable(location)
+    except ImageError as error:
+        raise ImageError(f"{files.shown(location)}: {error}; check --pairs") from error
+    with opened as file:
         reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
         header = [name.strip().lower() for name in next(reader, [])]
         if header[:2] != ["query", "match"]:

@@ -82,6 +82,14 @@ class Sink(Protocol):
         """Some masks have been scored."""
         ...
 
+    def retried(self, reason: str, text: str) -> None:
+        """A call is handed out again: a `FaultKind` in words, and what happened as a line."""
+        ...
+
+    def actors_alive(self, actors: int) -> None:
+        """So many actors hold the model now; 0 at the end."""
+        ...
+
     def note(self, text: str) -> None:
         """A line worth keeping."""
         ...
@@ -176,6 +184,7 @@ class Engine:
         finally:
             for actor in self._actors:
                 self._executor.end(actor)
+            self._sink.actors_alive(0)
 
     def _recruit(self) -> None:
         if self._executor.now() < self._pause_until:
@@ -231,6 +240,7 @@ class Engine:
         if not self._ever_built:
             self._ever_built = True
             self._sink.built(facts)
+        self._sink.actors_alive(self._alive())
 
     def _returned(self, actor: _Actor, call: Call, reply: Reply) -> None:
         now = self._executor.now()
@@ -282,6 +292,7 @@ class Engine:
         self._executor.end(actor.number)
         del self._actors[actor.number]
         self._ledger.forget(actor.number)
+        self._sink.actors_alive(self._alive())
         if not actor.finished and fault.kind is not FaultKind.PREEMPTED:
             self._lose_start(fault)
         self.tally.replaced += 1
@@ -294,6 +305,9 @@ class Engine:
             raise self._stop(fault)
         else:
             self._sink.note(f"{fault.kind.value}: {fault.message}; actor {actor.number} replaced")
+
+    def _alive(self) -> int:
+        return sum(actor.built for actor in self._actors.values())
 
     def _lose_start(self, fault: Fault) -> None:
         """Count actors that end together once, and wait before the next: what ended them may pass."""
@@ -309,14 +323,16 @@ class Engine:
             raise self._stop(fault)
         image = call.tasks[0].image.image_id
         replaced = f"actor {actor.number} replaced, " if actor is not None else ""
-        self._sink.note(f"{fault.kind.value}: {fault.message}; {replaced}{image} {decision.then.value}")
+        text = f"{fault.kind.value}: {fault.message}; {replaced}{image} {decision.then.value}"
         if decision.then is Then.SKIP:
+            self._sink.note(text)
             attempts = self._ledger.attempts(call)
             times = f", after {attempts} retries" if attempts else ""
             failure = Failure("explain", f"{fault.kind.value}{times}: {fault.message}")
             for ended in self._ledger.give_up(call, failure):
                 self._sink.ended(ended)
             return
+        self._sink.retried(fault.kind.value, text)
         halve = decision.then is Then.HALVE
         self.tally.retries[fault.kind.value] = self.tally.retries.get(fault.kind.value, 0) + 1
         self._ledger.requeue(call, strike=decision.strike, halve=halve)

@@ -6,16 +6,21 @@ import time
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 
+from mcrise_ray.embed import read_pairs
 from mcrise_ray.errors import ImageError
+from mcrise_ray.explained import load_explained
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, explain
 from mcrise_ray.files import shown
 from mcrise_ray.images import ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec
-from mcrise_ray.models import Model, load_model
 from mcrise_ray.plan import unit_count, unit_size
-from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.precision import Execution
+from mcrise_ray.reidspec import ReidSpec
+from mcrise_ray.tuning import settle
 
 _TRIED = 20  # images, until one can be decoded
 
@@ -27,10 +32,13 @@ class Plan:
     Attributes:
         images: listed; those with a problem will have an error row.
         complete: whether the listing came to its end.
-        units: pieces of work that are handed out, retried and committed.
+        units: pieces of work that are handed out, retried and committed; at most, as all that follows,
+            where the job asks for a relative error.
         masks: masked images that the model scores.
-        model_calls: batches of them, and one call per image for the unmasked one.
+        model_calls: batches of them, and one call per image for the unmasked one; of a ReID job, those that
+            embed as well.
         rows: of `maps/` at most: targets of an image that coincide share a row.
+        gallery: images of the gallery of a ReID job.
     """
 
     images: int
@@ -39,6 +47,7 @@ class Plan:
     masks: int
     model_calls: int
     rows: int
+    gallery: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,13 +58,15 @@ class Probe:
         device: where the model ran.
         size: (H, W) of the maps.
         masks_per_second: of one actor with the job's cores.
-        load_seconds: to build the model.
+        load_seconds: to build the model and to choose how it is asked.
+        execution: what was chosen, as the job would.
     """
 
     device: str
     size: tuple[int, int]
     masks_per_second: float
     load_seconds: float
+    execution: Execution
 
 
 def plan_job(job: JobSpec, *, seconds: float = 20.0) -> Plan:
@@ -79,30 +90,51 @@ def plan_job(job: JobSpec, *, seconds: float = 20.0) -> Plan:
             break
     if not count:
         raise ImageError(f"expected images, found none in {', '.join(map(shown, source.sources))}")
+    gallery = 0
+    if job.reid is not None:
+        targets = _matches(job.reid, count)
+        for _ in ImageSource(job.reid.gallery):
+            gallery += 1
+            if time.monotonic() > until:
+                complete = False
+                break
+    size = DEFAULT_BATCH_SIZE if job.batch_size == "auto" else job.batch_size
     return Plan(
         images=count,
         complete=complete,
         units=count * unit_count(job.explain),
         masks=count * job.explain.masks,
-        model_calls=count * (1 + _batches(job.explain, _batch_size(job))),
+        model_calls=calls(job, count, size, gallery),
         rows=targets,
+        gallery=gallery,
     )
 
 
-def probe_job(job: JobSpec, *, seconds: float = 2.0) -> Probe:
-    """Build the model here, and explain a little of the first image that can be read.
+def calls(job: JobSpec, images: int, batch_size: int, gallery: int = 0) -> int:
+    """Calls of the model for so many images, unmasked ones included: units do not share a batch."""
+    embedding = 0 if job.reid is None else -(-(images + gallery) // batch_size)
+    size = unit_size(job.explain)
+    whole, rest = divmod(job.explain.masks, size)
+    return embedding + images * (1 + whole * -(-size // batch_size) + -(-rest // batch_size))
+
+
+def probe_job(job: JobSpec, *, masks: int | None = None, seconds: float = 2.0) -> Probe:
+    """Build the model here, ask it as the job would, and explain a little of the first readable image.
+
+    Args:
+        job: any.
+        masks: of the whole job, where that is known: trials that do not pay for so few are left out.
+        seconds: of explaining, beside what it takes to choose how the model is asked.
 
     Raises:
         ModelError: the model cannot be built.
         ImageError: none of the first images can be read.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(job.cpus_per_actor)
+    if job.actors != 0:
+        torch.set_num_threads(job.cpus_per_actor)
     try:
-        began = time.perf_counter()
-        model = load_model(job.model)
-        loaded = time.perf_counter() - began
-        return _probe(job, model, loaded, seconds)
+        return _probe(job, masks, seconds)
     finally:
         torch.set_num_threads(threads)
 
@@ -120,37 +152,60 @@ def seconds_needed(plan: Plan, probe: Probe, actors: int) -> float:
     return probe.load_seconds + plan.masks / (probe.masks_per_second * actors)
 
 
-def _probe(job: JobSpec, model: Model, loaded: float, seconds: float) -> Probe:
-    image = None
-    for ref in islice(ImageSource(job.images), _TRIED):
-        try:
-            image = read_image(ref.uri, job.decode)
-            break
-        except ImageError as error:
-            problem = error
-    if image is None:
-        raise ImageError(f"cannot read any of the first images: {problem}")
+def _probe(job: JobSpec, masks: int | None, seconds: float) -> Probe:
+    began = time.perf_counter()
+    image = _first_image(job)
+    explained = load_explained(job.model, job.explain, job.targets, job.reid, job.decode)
+    settled = settle(
+        explained.model,
+        job.explain,
+        image,
+        scored=explained.scored,
+        precision=job.precision,
+        batch_size=job.batch_size,
+        masks=masks and masks // max(1, job.fewest_actors),
+    )
+    ready = time.perf_counter()
+    model, batch_size = settled.model, settled.execution.batch_size
     prepared = model.prepare(image)
-
-    batch_size = _batch_size(job)
+    black_box = explained.scored(model, prepared)
 
     def run(masks: int) -> float:
         began = time.perf_counter()
-        spec = job.explain.model_copy(update={"masks": masks})
-        explain(model, prepared, spec=spec, batch_size=batch_size)
+        spec = job.explain.model_copy(update={"masks": masks, "relative_error": None})
+        explain(black_box, prepared, spec=spec, batch_size=batch_size)
         return time.perf_counter() - began
 
     # The first batch pays for lazy start-ups; the second tells how many fit into the time.
     batch = min(batch_size, job.explain.masks)
     run(batch)
-    masks = batch * max(1, int(seconds / run(batch)))
+    tried = batch * max(1, int(seconds / run(batch)))
     size = image.shape[:2] if job.original_size else prepared.shape[:2]
-    return Probe(str(model.device), (int(size[0]), int(size[1])), masks / run(masks), loaded)
+    return Probe(
+        str(model.device),
+        (int(size[0]), int(size[1])),
+        tried / run(tried),
+        ready - began,
+        settled.execution,
+    )
 
 
-def _batch_size(job: JobSpec) -> int:
-    """What is asked for; where that is yet to be tried, what trials begin with."""
-    return DEFAULT_BATCH_SIZE if job.batch_size == "auto" else job.batch_size
+def _first_image(job: JobSpec) -> UInt8[np.ndarray, "h w 3"]:
+    """The first one that can be read."""
+    problem = "there are none"
+    for ref in islice(ImageSource(job.images), _TRIED):
+        try:
+            return read_image(ref.uri, job.decode)
+        except ImageError as error:
+            problem = str(error)
+    raise ImageError(f"cannot read any of the first images: {problem}")
+
+
+def _matches(reid: ReidSpec, queries: int) -> int:
+    """Rows that so many queries can have."""
+    named = 0 if reid.pairs is None else sum(map(len, read_pairs(reid.pairs).values()))
+    nearest = max((int(word[3:]) for word in reid.matches if word.startswith("top")), default=0)
+    return queries * (nearest + len({"correct", "wrong"}.intersection(reid.matches))) + named
 
 
 def _targets(job: JobSpec, of_manifest: int) -> int:
@@ -164,9 +219,3 @@ def _targets(job: JobSpec, of_manifest: int) -> int:
         else:
             count += 1
     return count
-
-
-def _batches(spec: ExplainSpec, batch_size: int) -> int:
-    """Calls of the model for the masks of one image: units do not share a batch."""
-    whole, rest = divmod(spec.masks, unit_size(spec))
-    return whole * -(-unit_size(spec) // batch_size) + -(-rest // batch_size)

@@ -158,13 +158,14 @@ class _YamlLoader(yaml.SafeLoader):
 
 def _section(field: FieldInfo, path: str) -> type[BaseModel] | None:
     """The model behind a field that holds one, may hold one, or holds part of one."""
-    return _inside(field) or _PARTS.get(path)
-
-
-def _inside(field: FieldInfo) -> type[BaseModel] | None:
-    """The model that a field holds, or may hold."""
     inside = (_model(kind) for kind in (field.annotation, *get_args(field.annotation)))
-    return next((model for model in inside if model is not None), None)
+    return next((model for model in inside if model is not None), _PARTS.get(path))
+
+
+def _whole_section(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that holds one, or nothing."""
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+    return _model(kinds[0]) if len(kinds) == 1 else None
 
 
 def _model(kind: Any) -> type[BaseModel] | None:
@@ -219,7 +220,7 @@ def _built(values: Mapping[str, Any], model: type[BaseModel], prefix: str) -> An
     """The model of some values, section by section, so that an error names the whole key."""
     done = dict(values)
     for name, field in model.model_fields.items():
-        inner = _inside(field)
+        inner = _whole_section(field)
         if inner is not None and isinstance(done.get(name), Mapping):
             done[name] = _built(done[name], inner, f"{prefix}{name}.")
     try:
@@ -327,8 +328,8 @@ def _example(model: type[BaseModel], prefix: str, depth: int) -> Iterator[str]:
         yield f"{margin}{'# ' if path in _DEPENDING else ''}{name}: {json.dumps(value)}"
         part = _section(field, path)
         if part is not None:
-            # Commented out, because a part that is given replaces what the model says of itself, or changes
-            # the kind of the job.
+            # Commented out, because a part that is given replaces the default, such as what the
+            # model says of itself, or goes with another kind of job.
             lines = (line for line in _example(part, f"{path}.", 1) if line)
             yield from (f"{margin}# {line}" for line in lines)
 

@@ -96,13 +96,14 @@ def run_job(
         reporter.start(count, job.explain.masks, len(committed))
         execution = (None if overwrite else _execution(store)) or _chosen(job)
         setup = _setup(job, count, first)
+        work = chain([first], left) if job.reid is None else ReidJob(job, committed, reporter.note)
         if job.actors == 0:
             alone = InProcess(Worker(setup), execution)
-            return _run(job, store, lease, committed, chain([first], left), reporter, alone, overwrite)
+            return _run(job, store, lease, committed, work, reporter, alone, overwrite)
         from mcrise_ray import cluster
 
         with cluster.connect(job, setup, execution, address) as executor:
-            return _run(job, store, lease, committed, chain([first], left), reporter, executor, overwrite)
+            return _run(job, store, lease, committed, work, reporter, executor, overwrite)
     finally:
         lease.release()
 
@@ -112,7 +113,7 @@ def _run(
     store: Store,
     lease: Lease,
     committed: Committed,
-    images: Iterator[ImageRef],
+    work: Iterator[ImageRef] | ReidJob,
     reporter: Reporter,
     executor: Executor,
     overwrite: bool,
@@ -121,8 +122,8 @@ def _run(
     began = time.monotonic()
     checkpoints = Checkpoints(store)
     saved = (lambda _: None) if overwrite else checkpoints.take
-    reid = None if job.reid is None else ReidJob(job, committed, saved, reporter.note)
-    ledger = Ledger(images, job.explain, saved=saved) if reid is None else reid.ledger
+    reid = work if isinstance(work, ReidJob) else None
+    ledger = work.ledger(saved) if isinstance(work, ReidJob) else Ledger(work, job.explain, saved=saved)
     recorder = Recorder(
         job,
         store,
@@ -206,8 +207,7 @@ def _chosen(job: JobSpec) -> Execution | None:
 
 
 def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
-    actors = 1 if job.actors == "auto" else max(1, job.actors)
-    masks = None if images is None else images * job.explain.masks // actors
+    masks = None if images is None else images * job.explain.masks // max(1, job.fewest_actors)
     threads = None if job.actors == 0 else job.cpus_per_actor
     return Setup(
         job.model,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mcrise_ray.decode import DecodeOptions
+from mcrise_ray.errors import SpecError
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.reid import P_MASK
 from mcrise_ray.reidspec import ReidSpec
@@ -21,6 +22,24 @@ _FREE_TO_CHANGE = frozenset(
 )
 
 _PREDICTED: Final = ("predicted",)
+
+
+class ActorRange(StrictModel):
+    """How many actors a job works with on a cluster that grows.
+
+    Args:
+        min: asked for from the start.
+        max: asked for at most; null leaves the limit to the cluster.
+    """
+
+    min: int = Field(default=1, ge=1)
+    max: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_order(self) -> ActorRange:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"expected min to be at most max, found {self.min} and {self.max}")
+        return self
 
 
 class JobSpec(StrictModel):
@@ -37,12 +56,14 @@ class JobSpec(StrictModel):
         reid: the gallery and which matches, for `reid` alone.
         decode: what is decoded and what is refused.
         explain: method, masks, fills. For `reid`, p_mask is 0.1 where nothing is said.
-        actors: Ray actors that each hold the model. A number asks for so many, which makes a cluster grow
-            that can, and works with those that are there; `auto` takes as many as fit, also while the cluster
-            grows or shrinks; 0 runs in this process without Ray.
+        actors: Ray actors that each hold the model. `auto`: as many as fit, also while the cluster grows or
+            shrinks; one is asked for where none does. A number: asked for in any case, which makes a cluster
+            grow that can; work begins with those that are there. `{min: 2, max: 8}`: two are asked for in
+            any case, more taken as they fit, and in a job that goes on twice as many as fit are asked for
+            again and again, so that a cluster grows that can. 0: in this process, without Ray.
         cpus_per_actor: cores, and threads of torch, per actor.
         gpus_per_actor: may be a fraction below 1, so that actors share a GPU; null takes one where the
-            cluster has any.
+            cluster has any when the job begins, so say 1 where it starts from none.
         label_selector: labels of Ray that an actor's node must have, such as
             `{ray.io/accelerator-type: A100}`.
         precision: `"auto"` asks the model in the fastest way that keeps its scores, see `mcrise_ray.tuning`;
@@ -65,7 +86,7 @@ class JobSpec(StrictModel):
     reid: ReidSpec | None = None
     decode: DecodeOptions = Field(default_factory=DecodeOptions)
     explain: ExplainSpec = Field(default_factory=ExplainSpec)
-    actors: Literal["auto"] | int = "auto"
+    actors: Literal["auto"] | int | ActorRange = "auto"
     cpus_per_actor: int = Field(default=1, ge=1)
     gpus_per_actor: float | None = Field(default=None, ge=0)
     label_selector: dict[str, str] = Field(default_factory=dict)
@@ -111,9 +132,12 @@ class JobSpec(StrictModel):
     def _check_actors(cls, actors: Any) -> Any:
         # Before the union is tried, whose message would list the failure of each of its members.
         count = isinstance(actors, int) and not isinstance(actors, bool) and actors >= 0
-        if actors != "auto" and not count:
-            raise ValueError(f"expected auto or a whole number, found {actors!r}")
-        return actors
+        if actors != "auto" and not count and not isinstance(actors, ActorRange | dict):
+            raise ValueError(f"expected auto, a whole number, or min and max, found {actors!r}")
+        try:
+            return ActorRange(**actors) if isinstance(actors, dict) else actors
+        except SpecError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("gpus_per_actor")
     @classmethod
@@ -123,6 +147,13 @@ class JobSpec(StrictModel):
                 f"expected a fraction below 1 or a whole number, as Ray shares GPUs, found {gpus}"
             )
         return gpus
+
+    @property
+    def fewest_actors(self) -> int:
+        """How many actors are asked for, whether they fit or not."""
+        if isinstance(self.actors, ActorRange):
+            return self.actors.min
+        return 1 if self.actors == "auto" else self.actors
 
     @property
     def identity(self) -> dict[str, Any]:

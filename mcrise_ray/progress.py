@@ -1,13 +1,24 @@
-"""How long work shows itself: a bar on a terminal, a plain line every few seconds in a log."""
+"""How long work shows itself: a bar on a terminal, plain lines or JSON objects in a log."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Literal, Protocol, TextIO, TypeVar, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from mcrise_ray.errors import SpecError
+
+LOG_VARIABLE: Final = "MCRISE_LOG"
+"""The environment variable that chooses how a job logs: `plain` or `json`."""
+
+LogFormat = Literal["plain", "json"]
 
 _LOG_EVERY = 5.0  # seconds
 
@@ -24,8 +35,24 @@ class Reporter(Protocol):
         """Some masks have been scored."""
         ...
 
-    def image_done(self, failed: bool) -> None:
-        """An image has been committed, or has got an error row."""
+    def image_done(self) -> None:
+        """An image has been explained."""
+        ...
+
+    def image_failed(self, image_id: str, stage: str, message: str) -> None:
+        """An image has got an error row."""
+        ...
+
+    def retried(self, reason: str, text: str) -> None:
+        """A call is handed out again; reasons are few and fixed, the text is a line about it."""
+        ...
+
+    def actors_alive(self, actors: int) -> None:
+        """So many actors hold the model now; 0 at the end."""
+        ...
+
+    def relative_error(self, error: float) -> None:
+        """The median over the images of late, of each its worst map's."""
         ...
 
     def note(self, text: str) -> None:
@@ -36,83 +63,271 @@ class Reporter(Protocol):
         """`images_total` and `seconds_left`, None where unknown: for those who read the progress file."""
         ...
 
+    def job_ended(self, state: str, facts: dict[str, Any]) -> None:
+        """The job is `done`, `stopped` or `failed`; what has become of it in numbers."""
+        ...
 
-class ConsoleReporter:
-    """Progress on a console: masks per second, images, errors, time left."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._images: int | None = None
-        self._masks_per_image = 0
-        self._masks = self._done = self._failed = self._earlier = 0
-        self._began = self._logged = time.monotonic()
-        self._bar: Progress | None = None
+class Quiet:
+    """A reporter that says nothing."""
 
-    def __enter__(self) -> ConsoleReporter:
+    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
+        """See `Reporter`."""
+
+    def masks_done(self, masks: int) -> None:
+        """See `Reporter`."""
+
+    def image_done(self) -> None:
+        """See `Reporter`."""
+
+    def image_failed(self, image_id: str, stage: str, message: str) -> None:
+        """See `Reporter`."""
+
+    def retried(self, reason: str, text: str) -> None:
+        """See `Reporter`."""
+
+    def actors_alive(self, actors: int) -> None:
+        """See `Reporter`."""
+
+    def relative_error(self, error: float) -> None:
+        """See `Reporter`."""
+
+    def note(self, text: str) -> None:
+        """See `Reporter`."""
+
+    def outlook(self) -> dict[str, Any]:
+        """See `Reporter`."""
+        return {"images_total": None, "seconds_left": None}
+
+    def job_ended(self, state: str, facts: dict[str, Any]) -> None:
+        """See `Reporter`."""
+
+
+@dataclass
+class _Pace:
+    """What a reporter has been told, and what follows from it."""
+
+    began: float
+    images: int | None = None
+    masks_per_image: int = 0
+    earlier: int = 0
+    masks: int = 0
+    done: int = 0
+    failed: int = 0
+    retries: int = 0
+    actors: int = 0
+    relative_error: float | None = None
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def ended(self) -> int:
+        """Images, in earlier runs too."""
+        return self.earlier + self.done + self.failed
+
+    @property
+    def rate(self) -> float:
+        """Masks per second."""
+        return self.masks / self.elapsed if self.elapsed > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        if self.images is None or not self.masks:
+            return None
+        to_do = (self.images - self.earlier - self.failed) * self.masks_per_image - self.masks
+        return max(to_do, 0) * self.elapsed / self.masks
+
+
+_Kind = TypeVar("_Kind", bound="_Tracking")
+
+
+class _Tracking(ABC):
+    """A reporter that keeps count; how it shows is up to its kinds."""
+
+    def __init__(self) -> None:
+        self._shown = time.monotonic()
+        self._pace = _Pace(self._shown)
+
+    def __enter__(self: _Kind) -> _Kind:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.close()
 
     def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
         """See `Reporter`."""
-        self._images, self._masks_per_image, self._earlier = images, masks_per_image, done
-        self._began = self._logged = time.monotonic()
-        if self._console.is_terminal:
-            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
-            total = None if images is None else (images - done) * masks_per_image
-            self._task = self._bar.add_task(self.line(), total=total)
-            self._bar.start()
+        self._shown = time.monotonic()
+        self._pace = _Pace(self._shown, images, masks_per_image, done)
+        self.tell("start", images_total=images, images_done=done, masks_per_image=masks_per_image)
+        self._show()
 
     def masks_done(self, masks: int) -> None:
         """See `Reporter`."""
-        self._masks += masks
+        self._pace.masks += masks
         self._show()
 
-    def image_done(self, failed: bool) -> None:
+    def image_done(self) -> None:
         """See `Reporter`."""
-        self._done += not failed
-        self._failed += failed
+        self._pace.done += 1
         self._show()
+
+    def image_failed(self, image_id: str, stage: str, message: str) -> None:
+        """See `Reporter`."""
+        self._pace.failed += 1
+        self.tell("error_row", f"error: {message}", "error", image_id=image_id, stage=stage)
+        self._show()
+
+    def retried(self, reason: str, text: str) -> None:
+        """See `Reporter`."""
+        self._pace.retries += 1
+        self.tell("retry", text, "warning", reason=reason)
+
+    def actors_alive(self, actors: int) -> None:
+        """See `Reporter`."""
+        self._pace.actors = actors
+
+    def relative_error(self, error: float) -> None:
+        """See `Reporter`."""
+        self._pace.relative_error = error
 
     def note(self, text: str) -> None:
         """See `Reporter`."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.tell("note", text)
+
+    def outlook(self) -> dict[str, Any]:
+        """See `Reporter`."""
+        return {"images_total": self._pace.images, "seconds_left": self._pace.seconds_left}
+
+    def job_ended(self, state: str, facts: dict[str, Any]) -> None:
+        """See `Reporter`."""
+        level = {"done": "info", "stopped": "warning"}.get(state, "error")
+        self.tell(state, level=level, seconds=round(self._pace.elapsed, 3), **facts)
+
+    @abstractmethod
+    def tell(self, event: str, text: str | None = None, level: str = "info", **facts: Any) -> None:
+        """Show that something has happened: as text where it has one, and as facts for machines."""
+
+    @abstractmethod
+    def _show(self) -> None:
+        """Show how far the job is, if it is time to."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the console in order."""
+
+    def _is_time(self) -> bool:
+        """Once every few seconds."""
+        if time.monotonic() - self._shown < _LOG_EVERY:
+            return False
+        self._shown = time.monotonic()
+        return True
+
+
+class ConsoleReporter(_Tracking):
+    """Progress on a console: images, masks per second, actors, errors, retries, time left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._bar: Progress | None = None
+
+    def tell(self, event: str, text: str | None = None, level: str = "info", **facts: Any) -> None:
+        """Print the text; what has none is said elsewhere, by the bar or by who runs the job."""
+        if text is not None:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the console in order."""
+        if self._bar is not None:
+            self._bar.stop()
 
     def line(self) -> str:
         """The state in words."""
-        elapsed = time.monotonic() - self._began
-        rate = self._masks / elapsed if elapsed > 0 else 0.0
-        ended = self._earlier + self._done + self._failed
-        images = f"{ended}/{self._images}" if self._images is not None else str(ended)
-        parts = [f"{images} images", f"{self._masks:,} masks", f"{rate:,.0f} masks/s"]
-        if self._failed:
-            parts.append(f"{self._failed} errors")
-        left = self.outlook()["seconds_left"]
+        pace = self._pace
+        images = f"{pace.ended}/{pace.images}" if pace.images is not None else str(pace.ended)
+        parts = [f"{images} images", f"{pace.masks:,} masks", f"{pace.rate:,.0f} masks/s"]
+        if pace.actors > 1:
+            parts.append(f"{pace.actors} actors")
+        if pace.relative_error is not None:
+            parts.append(f"relative error {pace.relative_error:.2g}")
+        if pace.failed:
+            parts.append(f"{pace.failed} errors")
+        if pace.retries:
+            parts.append(f"{pace.retries} retries")
+        left = pace.seconds_left
         if left is not None:
-            share = elapsed / (elapsed + left)
+            share = pace.elapsed / (pace.elapsed + left)
             end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
             parts.append(f"{share:.1%}, {duration(left)} left (until {end})")
         return ", ".join(parts)
 
-    def outlook(self) -> dict[str, Any]:
-        """See `Reporter`."""
-        left = None
-        if self._images is not None and self._masks:
-            to_do = (self._images - self._earlier - self._failed) * self._masks_per_image - self._masks
-            left = max(to_do, 0) * (time.monotonic() - self._began) / self._masks
-        return {"images_total": self._images, "seconds_left": left}
+    def _show(self) -> None:
+        pace = self._pace
+        if self._console.is_terminal:
+            if self._bar is None:
+                self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
+                total = None if pace.images is None else (pace.images - pace.earlier) * pace.masks_per_image
+                self._task = self._bar.add_task("", total=total)
+                self._bar.start()
+            skipped = pace.failed * pace.masks_per_image
+            self._bar.update(self._task, completed=pace.masks + skipped, description=self.line())
+        elif self._is_time():
+            self.tell("progress", self.line())
+
+
+class JsonReporter(_Tracking):
+    """One JSON object per line: `time`, `level`, `event`, and what belongs to it.
+
+    Events are `start`, `progress`, `retry`, `error_row`, `note`, `error`, and how the job ends: `done`,
+    `stopped` or `failed`.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def tell(self, event: str, text: str | None = None, level: str = "info", **facts: Any) -> None:
+        """Write one line."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        message = {} if text is None else {"message": text}
+        line = {"time": now, "level": level, "event": event, **message, **facts}
+        print(json.dumps(line), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing is left to do: every line was flushed."""
 
     def _show(self) -> None:
-        if self._bar is not None:
-            skipped = self._failed * self._masks_per_image
-            self._bar.update(self._task, completed=self._masks + skipped, description=self.line())
-        elif time.monotonic() - self._logged >= _LOG_EVERY:
-            self._logged = time.monotonic()
-            self.note(self.line())
+        if self._is_time():
+            pace, left = self._pace, self._pace.seconds_left
+            self.tell(
+                "progress",
+                images_total=pace.images,
+                images_done=pace.earlier + pace.done,
+                errors=pace.failed,
+                masks_done=pace.masks,
+                masks_per_second=round(pace.rate, 1),
+                seconds_left=None if left is None else round(left, 1),
+                actors=pace.actors,
+                retries=pace.retries,
+                relative_error=pace.relative_error,
+            )
+
+
+def log_format(text: str) -> LogFormat:
+    """`plain` or `json`; `SpecError` for anything else."""
+    formats: dict[str, LogFormat] = {"plain": "plain", "json": "json"}
+    if text not in formats:
+        raise SpecError(f"--log, {LOG_VARIABLE}: expected plain or json, found {text!r}")
+    return formats[text]
+
+
+def reporter_for(log: LogFormat, console: Console) -> ConsoleReporter | JsonReporter:
+    """The reporter of a format: `plain` on the console, or `json` on standard output."""
+    return JsonReporter(sys.stdout) if log == "json" else ConsoleReporter(console)
 
 
 def duration(seconds: float) -> str:

@@ -27,7 +27,9 @@ class Progress:
         masks_per_second: lately.
         seconds_left: None where nobody can tell.
         updated: when it said so, by its clock.
-        relative_error: of the maps so far.
+        relative_error: of the images of late, median, of each its worst map's.
+        actors: that hold the model.
+        retries: calls handed out again by this run.
     """
 
     state: str
@@ -39,6 +41,8 @@ class Progress:
     seconds_left: float | None
     updated: str
     relative_error: float | None = None
+    actors: int = 0
+    retries: int = 0
 
 
 _PROGRESS = TypeAdapter(Progress)

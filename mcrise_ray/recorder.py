@@ -29,6 +29,7 @@ _COMMIT_EVERY = 30.0  # seconds that a finished image may wait for others to sha
 _SAVE_EVERY = 60.0  # seconds between looks for sums worth saving
 _SAVE_AFTER = 60.0  # seconds of work on one image that are worth saving
 _PROGRESS_EVERY = 5.0  # seconds
+_OF_LATE = 1000  # images whose relative errors are told
 _BACKLOG = 32  # finished images that may wait to be written
 
 
@@ -82,6 +83,8 @@ class Recorder:
         self._job, self._store, self._lease, self._checkpoints = job, store, lease, checkpoints
         self._ledger, self._reporter, self._clear, self._on_built = ledger, reporter, clear, on_built
         self._built: Built | None = None
+        self._retries = self._actors = 0
+        self._relative_errors: deque[float] = deque(maxlen=_OF_LATE)
         self._maps = _Part(store.write_maps, committed.next_part)
         self._errors = _Part(store.write_errors, committed.next_part)
         self._writer = ThreadPoolExecutor(1, "writer")
@@ -101,20 +104,34 @@ class Recorder:
 
     def ended(self, image: Ended) -> None:
         """See `Sink`."""
-        failed = isinstance(image, Failed)
+        self._write(lambda: self._record(image))
         if isinstance(image, Failed):
             self.counts.errors += 1
-            self._reporter.note(f"error: {image.failure.message}")
-        else:
-            self.counts.images += 1
-            self.counts.rows += len(image.inspection.targets)
-        self._write(lambda: self._record(image))
-        self._reporter.image_done(failed)
+            failure = image.failure
+            self._reporter.image_failed(image.image.image_id, failure.stage, failure.message)
+            return
+        self.counts.images += 1
+        self.counts.rows += len(image.inspection.targets)
+        self._reporter.image_done()
+        worst = float(np.max(image.explanation.relative_error))
+        if np.isfinite(worst):
+            self._relative_errors.append(worst)
+            self._reporter.relative_error(float(np.median(self._relative_errors)))
 
     def masks_done(self, masks: int) -> None:
         """See `Sink`."""
         self.counts.masks += masks
         self._reporter.masks_done(masks)
+
+    def retried(self, reason: str, text: str) -> None:
+        """See `Sink`."""
+        self._retries += 1
+        self._reporter.retried(reason, text)
+
+    def actors_alive(self, actors: int) -> None:
+        """See `Sink`."""
+        self._actors = actors
+        self._reporter.actors_alive(actors)
 
     def note(self, text: str) -> None:
         """See `Sink`."""
@@ -157,6 +174,7 @@ class Recorder:
         self._write_progress(state)
         if self._built is not None:
             self._store.write_job(job_file(self._job, self._built, state, counts=asdict(self.counts), **more))
+        self._reporter.job_ended(state, {**asdict(self.counts), **more})
 
     def _write(self, action: Callable[[], None]) -> None:
         while len(self._backlog) >= _BACKLOG:
@@ -198,6 +216,9 @@ class Recorder:
                 "masks_done": self.counts.masks,
                 "masks_per_second": self.counts.masks / seconds if seconds > 0 else 0.0,
                 **self._reporter.outlook(),
+                "relative_error": float(np.median(errors)) if (errors := self._relative_errors) else None,
+                "actors": self._actors,
+                "retries": self._retries,
                 "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             },
         )

@@ -63,27 +63,17 @@ class ReidJob:
     Args:
         job: of kind `reid`.
         committed: what earlier runs have finished.
-        saved: see `Ledger`.
         note: told how far the embedding is.
-
-    Attributes:
-        ledger: of all that is to be done.
-        ranks: of every right match of each query that has been matched, for `retrieval()`.
 
     Raises:
         ImageError: a source, or the list of pairs, cannot be read.
     """
 
-    def __init__(
-        self,
-        job: JobSpec,
-        committed: Committed,
-        saved: Callable[[str], Saved | None],
-        note: Callable[[str], None],
-    ) -> None:
+    def __init__(self, job: JobSpec, committed: Committed, note: Callable[[str], None]) -> None:
         assert job.reid is not None
         self._job, self._reid = job, job.reid
-        self._committed, self._saved = committed, saved
+        self._committed = committed
+        self._note = note
         self._pairs = {} if job.reid.pairs is None else read_pairs(job.reid.pairs)
         place = job.reid.gallery_store or files.join(job.output, "gallery")
         self._gallery = _Side(ImageSource(job.reid.gallery), GalleryStore(place), {})
@@ -91,9 +81,13 @@ class ReidJob:
         self._cache: TemporaryDirectory[str] | None = None
         self._matcher = ThreadPoolExecutor(1, "matcher")
         self._ranks: list[Int64[np.ndarray, " n"]] = []
-        # Few, so that they are done while the gallery goes on.
+        self._ledger: EmbeddingLedger | None = None
+
+    def ledger(self, saved: Callable[[str], Saved | None]) -> EmbeddingLedger:
+        """Of all that is to be done; see `Ledger` for what is saved."""
         missing = chain(self._queries.missing(), self._gallery.missing())
-        self.ledger = EmbeddingLedger(missing, self._explain, note)
+        self._ledger = EmbeddingLedger(missing, lambda size: self._explain(size, saved), self._note)
+        return self._ledger
 
     def begin(self, facts: ModelFacts) -> None:
         """The model is built.
@@ -111,13 +105,14 @@ class ReidJob:
 
     def close(self) -> None:
         """Leave nothing behind that works or takes space."""
-        self.ledger.close()
+        if self._ledger is not None:
+            self._ledger.close()
         self._matcher.shutdown(cancel_futures=True)
         if self._cache is not None:
             self._cache.cleanup()
 
-    def _explain(self, batch_size: int) -> Ledger:
-        return Ledger(self._images(), self._job.explain, batch_size, self._saved)
+    def _explain(self, batch_size: int, saved: Callable[[str], Saved | None]) -> Ledger:
+        return Ledger(self._images(), self._job.explain, batch_size, saved)
 
     def _images(self) -> Iterator[ImageRef]:
         """Whatever is to end in a row: images that could not be embedded, then the queries."""

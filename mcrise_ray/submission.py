@@ -25,6 +25,7 @@ import requests
 from mcrise_ray import files
 from mcrise_ray.access import token_for
 from mcrise_ray.errors import ClusterError, SpecError
+from mcrise_ray.progress import LOG_VARIABLE, LogFormat
 from mcrise_ray.progressfile import Progress, read_progress
 from mcrise_ray.results import Results, read_results
 
@@ -148,6 +149,7 @@ def submit_job(
     entrypoint_num_gpus: float | None = None,
     entrypoint_memory: int | None = None,
     entrypoint_resources: Mapping[str, float] | None = None,
+    log: LogFormat = "plain",
     again: bool = False,
     insecure: bool = False,
 ) -> SubmittedJob:
@@ -168,6 +170,7 @@ def submit_job(
         entrypoint_num_gpus: the same.
         entrypoint_memory: the same, in bytes.
         entrypoint_resources: the same, of other resources.
+        log: `json` has the job print one JSON object per line.
         again: run a job that has succeeded once more.
         insecure: send it to another machine without a token, or with one in the clear.
 
@@ -203,12 +206,13 @@ def submit_job(
             "uv": uv and list(uv),
             "working_dir": working_dir and str(working_dir),
         }
+        variables = {JOB_VARIABLE: content, LOG_VARIABLE: log}
         _start(
             client,
             base,
             entrypoint=_ENTRYPOINT,
             submission_id=name,
-            runtime_env={"env_vars": {JOB_VARIABLE: content}, **{k: v for k, v in given.items() if v}},
+            runtime_env={"env_vars": variables, **{k: v for k, v in given.items() if v}},
             metadata={**(metadata or {}), _OUTPUT: spec.output, _JOB: base},
             entrypoint_num_cpus=entrypoint_num_cpus,
             entrypoint_num_gpus=entrypoint_num_gpus,

@@ -41,7 +41,7 @@ class MeteredReporter:
         self._images = Counter(NAMES[1], "Images that have ended, by outcome.", ("outcome",))
         self._retries = Counter(NAMES[2], "Units of work tried again, by reason.", ("reason",))
         self._actors = Gauge(NAMES[3], "Actors that hold the model.")
-        self._relative_error = Gauge(NAMES[4], "Of the maps committed last: how much of a map is noise.")
+        self._relative_error = Gauge(NAMES[4], "Of late: how much of a map is noise, median.")
 
     def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
         """See `Reporter`."""
@@ -53,10 +53,30 @@ class MeteredReporter:
             self._masks.inc(masks)
         self._inner.masks_done(masks)
 
-    def image_done(self, failed: bool) -> None:
+    def image_done(self) -> None:
         """See `Reporter`."""
-        self._images.inc(1, {"outcome": "failed" if failed else "done"})
-        self._inner.image_done(failed)
+        self._images.inc(1, {"outcome": "done"})
+        self._inner.image_done()
+
+    def image_failed(self, image_id: str, stage: str, message: str) -> None:
+        """See `Reporter`."""
+        self._images.inc(1, {"outcome": "failed"})
+        self._inner.image_failed(image_id, stage, message)
+
+    def retried(self, reason: str, text: str) -> None:
+        """See `Reporter`; each reason is a time series of its own."""
+        self._retries.inc(1, {"reason": reason})
+        self._inner.retried(reason, text)
+
+    def actors_alive(self, actors: int) -> None:
+        """See `Reporter`."""
+        self._actors.set(actors)
+        self._inner.actors_alive(actors)
+
+    def relative_error(self, error: float) -> None:
+        """See `Reporter`."""
+        self._relative_error.set(error)
+        self._inner.relative_error(error)
 
     def note(self, text: str) -> None:
         """See `Reporter`."""
@@ -66,14 +86,6 @@ class MeteredReporter:
         """See `Reporter`."""
         return self._inner.outlook()
 
-    def unit_retried(self, reason: str) -> None:
-        """A unit is tried again; reasons are few and fixed, because each is a time series of its own."""
-        self._retries.inc(1, {"reason": reason})
-
-    def actors_alive(self, actors: int) -> None:
-        """So many actors hold the model now; 0 at the end."""
-        self._actors.set(actors)
-
-    def relative_error(self, error: float) -> None:
-        """The relative error of the image that was committed just now."""
-        self._relative_error.set(error)
+    def job_ended(self, state: str, facts: dict[str, Any]) -> None:
+        """See `Reporter`."""
+        self._inner.job_ended(state, facts)

@@ -43,7 +43,7 @@ class Clock(Silent):
         else:
             print(text)
 
-    def image_done(self, failed: bool) -> None:
+    def image_done(self) -> None:
         self.ended = time.perf_counter()
 
     def masks_done(self, masks: int) -> None:

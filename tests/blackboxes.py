@@ -67,18 +67,19 @@ class Halves(nn.Module):
     """Embeddings of six numbers, from the colours of an image's upper and lower half.
 
     Their last bits tell the size of the batch, as those of real networks do. An image that is all blue embeds
-    to NaN. Once the file `flag` is there, a batch of `batch` images ends its process; one process wins.
+    to NaN. Once there is a file called `flag` with the size of a batch behind it, such a batch ends its
+    process; one process wins.
     """
 
-    def __init__(self, seconds: float, flag: str, batch: int) -> None:
+    def __init__(self, seconds: float, flag: str) -> None:
         super().__init__()
-        self.seconds, self.flag, self.batch = seconds, flag, batch
+        self.seconds, self.flag = seconds, flag
 
     def forward(self, images: Tensor) -> Tensor:
         time.sleep(self.seconds * len(images) / 64)
-        if self.flag and len(images) == self.batch:
+        if self.flag:
             with suppress(FileNotFoundError):
-                os.unlink(self.flag)
+                os.unlink(f"{self.flag}{len(images)}")
                 os.kill(os.getpid(), signal.SIGKILL)
         means = images.mean(dim=(2, 3))
         middle = images.shape[2] // 2
@@ -88,5 +89,24 @@ class Halves(nn.Module):
         return embeddings + torch.where(blue, torch.nan, 0.0)[:, None]
 
 
-def halves(seconds: str = "0", flag: str = "", batch: str = "0") -> nn.Module:
-    return Halves(float(seconds), flag, int(batch))
+def halves(seconds: str = "0", flag: str = "") -> nn.Module:
+    return Halves(float(seconds), flag)
+
+
+class DiesOnce(nn.Module):
+    """Channel means, until the file `flag` is there to be removed: then its process ends."""
+
+    def __init__(self, flag: str) -> None:
+        super().__init__()
+        self.flag = flag
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) == 64:  # masked images, not the ones that a model is tried with
+            with suppress(FileNotFoundError):
+                os.unlink(self.flag)
+                os._exit(1)
+        return 4 * images.mean(dim=(2, 3))
+
+
+def dies_once(flag: str) -> nn.Module:
+    return DiesOnce(flag)

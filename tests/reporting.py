@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from mcrise_ray.progress import Quiet
 
 
-class Silent:
+class Silent(Quiet):
     """Says nothing."""
 
     def __init__(self) -> None:
         self.masks = 0
         self.notes: list[str] = []
 
-    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None: ...
-
     def masks_done(self, masks: int) -> None:
         self.masks += masks
 
-    def image_done(self, failed: bool) -> None: ...
+    def image_failed(self, image_id: str, stage: str, message: str) -> None:
+        self.notes.append(f"error: {message}")
+
+    def retried(self, reason: str, text: str) -> None:
+        self.notes.append(text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-    def outlook(self) -> dict[str, Any]:
-        return {"images_total": None, "seconds_left": None}

@@ -231,6 +231,8 @@ class Sums:
         self.failures: dict[str, Failure] = {}
         self.order: list[str] = []
         self.notes: list[str] = []
+        self.retries: Counter[str] = Counter()
+        self.alive: list[int] = []
         self.finished = 0
         self.keep = True
 
@@ -252,6 +254,13 @@ class Sums:
             self.masks[name] = total.masks
 
     def masks_done(self, masks: int) -> None: ...
+
+    def retried(self, reason: str, text: str) -> None:
+        self.retries[reason] += 1
+        self.notes.append(text)
+
+    def actors_alive(self, actors: int) -> None:
+        self.alive.append(actors)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from mcrise_ray import cluster
 from mcrise_ray.access import ensure_token, find_token, is_loopback, token_for, token_path
 from mcrise_ray.cli import app
 from mcrise_ray.errors import ClusterError
@@ -133,6 +134,56 @@ def test_other_machines_need_a_token_or_our_word(caplog: pytest.LogCaptureFixtur
     assert caplog.text == ""
     assert token_for("http://10.0.0.1:8265") == find_token()
     assert "in the clear" in caplog.text
+
+
+# Ray on this machine alone.
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """The mode of the token's file each time that Ray starts; None where there is no file."""
+    modes: list[int | None] = []
+
+    def start(**_: object) -> None:
+        modes.append(mode(token_path()) if token_path().exists() else None)
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", start)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    return modes
+
+
+@pytest.mark.parametrize("left_behind", [None, 0o644, 0o600])
+def test_local_mode_starts_with_a_token_for_this_user_alone(
+    home: Path, started: list[int | None], left_behind: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray itself leaves one that everyone may read, where the umask says so."""
+    if left_behind is not None:
+        ensure_token()[0].chmod(left_behind)
+    before = os.umask(0o000)
+    try:
+        with cluster.local_ray(1):
+            pass
+    finally:
+        os.umask(before)
+    assert started == [0o600]
+    assert ("others could read the token" in caplog.text) is (left_behind == 0o644)
+
+
+def test_local_mode_makes_no_file_beside_a_token_of_the_environment(
+    started: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with cluster.local_ray(1):
+        pass
+    assert started == [None]
+
+
+def test_local_mode_does_not_start_with_a_useless_token(home: Path, started: list[int | None]) -> None:
+    ensure_token()[0].write_text("")
+    with pytest.raises(ClusterError, match=r"auth_token, found an empty file"), cluster.local_ray(1):
+        pass
+    assert started == []
 
 
 # The command line.

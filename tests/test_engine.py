@@ -95,7 +95,8 @@ def test_an_actor_that_is_lost_costs_its_calls_and_no_bits(
     assert simulation.units_run == dict.fromkeys(EVERY_UNIT, 1)  # what was lost had not been finished
     assert simulation.started == [0, 1, 2]
     assert engine.tally.replaced == 1
-    assert engine.tally.retries == {kind.value: 1}
+    assert engine.tally.retries == sink.retries == {kind.value: 1}
+    assert sink.alive == [1, 2, 1, 0], "the third has no time to build its model"
     assert sum(note.startswith(f"{kind.value}: gone") for note in sink.notes) == 1
 
 

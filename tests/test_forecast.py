@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sized
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import yaml
 from click.testing import Result
 from PIL import Image
+from reporting import Silent
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
-from mcrise_ray import scores
+from mcrise_ray import forecast, scores
 from mcrise_ray.cli import app
 from mcrise_ray.errors import ImageError
 from mcrise_ray.forecast import Plan, Probe, output_bytes, plan_job, probe_job, seconds_needed
@@ -21,25 +23,13 @@ from mcrise_ray.jobfiles import load_job
 from mcrise_ray.jobs import run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
+from mcrise_ray.models import Model
 from mcrise_ray.plan import unit_count
+from mcrise_ray.precision import Execution, Precision
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.tuning import Settled
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None: ...
-
-    def masks_done(self, masks: int) -> None: ...
-
-    def image_done(self, failed: bool) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def outlook(self) -> dict[str, object]:
-        return {"images_total": None, "seconds_left": None}
 
 
 @pytest.fixture
@@ -78,7 +68,7 @@ def test_the_plan_is_what_the_job_does(folder: Path, tmp_path: Path, monkeypatch
     assert (plan.units, plan.masks) == (2 * unit_count(spec.explain), summary.masks)
     assert plan.model_calls == len(calls)
     assert len(results) <= plan.rows == 6
-    probe = Probe("cpu", (20, 24), 100.0, 1.0)
+    probe = Probe("cpu", (20, 24), 100.0, 1.0, Execution(batch_size=48, threads=1))
     stored = sum(row.map.nbytes + row.baseline.nbytes + row.standard_error.nbytes for row in results)
     assert output_bytes(spec, plan, probe) == stored * plan.rows / len(results)
     assert seconds_needed(plan, probe, 2) == pytest.approx(1 + 600 / 200)
@@ -134,13 +124,49 @@ def test_check_prints_the_plan_and_runs_nothing(folder: Path, tmp_path: Path) ->
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
     done = mcrise("job", "check", tmp_path / "job.yaml")
     assert done.exit_code == 0, done.stderr
-    lines = dict(line.split(maxsplit=1) for line in done.stdout.replace("model calls", "calls").splitlines())
-    assert lines["images"] == "3"
-    assert lines["units"] == "15"
-    assert lines["calls"] == "18 with 900 masked images in all"
-    assert lines["bytes"] == "34.6 kB before compression, 20 x 24"
+    lines = {line[:13].strip(): line[13:] for line in done.stdout.splitlines()}
+    assert list(lines) == [
+        "images", "units", "masks", "rows", "output", "model calls", "bytes", "precision", "time",
+    ]  # fmt: skip
+    assert (lines["images"], lines["units"], lines["masks"], lines["rows"]) == (
+        "3", "15", "900", "at most 3",
+    )  # fmt: skip
+    assert lines["model calls"] == "18 with batches of 64"
+    assert lines["bytes"] == "at most 34.6 kB before compression, maps of 20 x 24"
+    assert lines["precision"] == "float32"
     assert "with 4 actors like the one here" in lines["time"]
     assert not (tmp_path / "out").exists()
+
+
+def test_check_of_a_job_that_asks_for_an_error_gives_limits(folder: Path, tmp_path: Path) -> None:
+    spec = ExplainSpec(relative_error=0.5, masks=2000)
+    values = job(folder, tmp_path / "out", explain=spec, actors={"min": 2, "max": 4}).model_dump(mode="json")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
+    done = mcrise("job", "check", tmp_path / "job.yaml")
+    assert done.exit_code == 0, done.stderr
+    lines = [(line[:13].strip(), line[13:]) for line in done.stdout.splitlines()]
+    said = dict(lines)
+    assert said["masks"] == "at most 6,000"
+    for name in ("units", "model calls", "time"):
+        assert said[name].startswith("at most "), name
+    times = [text for name, text in lines if name == "time"]
+    assert [re.search(r"with (\d+) actor", text)[1] for text in times] == ["1", "2", "4"]  # type: ignore[index]
+
+
+def test_the_probe_asks_the_model_as_the_job_would(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same trials: plain float32 may be several times slower than what the job settles for."""
+    asked: list[dict[str, object]] = []
+
+    def settled(model: Model, *_: object, **settings: object) -> Settled:
+        asked.append({name: value for name, value in settings.items() if name != "scored"})
+        return Settled(Execution(batch_size=32, threads=1, precision=Precision(bfloat16=True)), model)
+
+    monkeypatch.setattr(forecast, "settle", settled)
+    probe = probe_job(job(folder, tmp_path, actors=4), masks=9000, seconds=0.05)
+    assert asked == [{"precision": "auto", "batch_size": "auto", "masks": 2250}]
+    assert (probe.execution.batch_size, probe.execution.precision.bfloat16) == (32, True)
 
 
 def test_check_without_a_probe_needs_no_model(folder: Path, tmp_path: Path) -> None:

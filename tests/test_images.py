@@ -400,7 +400,11 @@ class Counting(Silent):
     def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
         self.total = images
 
-    def image_done(self, failed: bool) -> None:
+    def image_done(self) -> None:
+        self.ended += 1
+
+    def image_failed(self, image_id: str, stage: str, message: str) -> None:
+        assert "\n" not in message
         self.ended += 1
 
     def note(self, text: str) -> None:

@@ -75,7 +75,7 @@ def test_the_example_names_and_explains_every_key() -> None:
         inside = values
         for section in sections:
             inside = inside[section]
-        if sections[-1:] == ["preprocessing"] or sections == ["reid"]:
+        if sections[-1:] in (["preprocessing"], ["actors"], ["reid"]):
             assert f"#   {name}: " in example_job()
         elif key == "explain.p_mask":
             assert "  # p_mask: 0.5\n" in example_job()
@@ -234,10 +234,13 @@ def test_what_only_looks_like_a_secret_passes() -> None:
     [
         (
             {"actors": "some"},
-            r"actors: expected auto or a whole number, found 'some'",
+            r"actors: expected auto, a whole number, or min and max, found 'some'",
         ),
-        ({"actors": -1}, r"actors: expected auto or .*found -1"),
-        ({"actors": True}, r"actors: expected auto or .*found True"),
+        ({"actors": -1}, r"actors: expected auto, .*found -1"),
+        ({"actors": {"min": 0}}, r"actors: min: .*found 0"),
+        ({"actors": {"min": 3, "max": 2}}, r"actors: expected min to be at most max, found 3 and 2"),
+        ({"actors": {"mix": 3}}, r"unknown key actors\.mix; did you mean actors\.min"),
+        ({"actors": True}, r"actors: expected auto, .*found True"),
         ({"gpus_per_actor": 1.5}, r"gpus_per_actor: expected a fraction below 1 or a whole number"),
         ({"gpus_per_actor": -0.1}, r"gpus_per_actor: "),
         ({"cpus_per_actor": 0}, r"cpus_per_actor: "),

@@ -193,6 +193,12 @@ def test_local_ray_listens_on_loopback_only(local_ray: None) -> None:
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
+def test_local_ray_asks_for_a_token(local_ray: None) -> None:
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+
+
 def test_local_ray_leaves_the_environment_as_it_was(local_ray: None) -> None:
     assert ray.is_initialized()
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ

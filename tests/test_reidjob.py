@@ -14,11 +14,15 @@ import numpy as np
 import pandas as pd
 import people
 import pytest
+import yaml
+from click.testing import Result
 from people import content, job, one_colour, person, save
 from reporting import Silent
+from typer.testing import CliRunner
 
 import mcrise_ray as mr
 from mcrise_ray import cluster, embed, jobs, recorder, reidjob
+from mcrise_ray.cli import app
 from mcrise_ray.embedding import EmbeddingLedger
 from mcrise_ray.engine import Event
 from mcrise_ray.errors import ImageError, SpecError, StoreError
@@ -539,6 +543,77 @@ def test_settings_that_mean_nothing_are_refused(folder: Path, changes: dict[str,
         mr.JobSpec(**values)
 
 
+# The command line.
+
+COMMON = ("--size", "16x8", "--input-range", "0-1", "--masks", "64", "--grid", "4x2", "--actors", "0")
+
+
+def mcrise(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def reid(root: Path, output: Path, *more: object) -> Result:
+    sides = (root / "query", "--gallery", root / "gallery", "--model", "blackboxes:halves")
+    return mcrise("reid", *sides, *COMMON, "--output", output, *more)
+
+
+def test_reid_from_the_command_line(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    said = ("--match", "correct+wrong", "--match", "top1", "--figures", 1, "--gallery-store", store)
+    done = reid(folder, tmp_path / "out", *said)
+    assert done.exit_code == 0, done.stderr
+    assert "4 images explained, 0 errors, 8 maps, 256 masks" in done.stdout
+    assert "re-identified: recall@1 100.0%, mAP " in done.stdout
+    assert "of 4 queries of known people" in done.stdout
+    assert "embedded 28 images of queries and gallery" in done.stderr
+    assert len(list((tmp_path / "out/figures").iterdir())) == 1
+    stored = json.loads((tmp_path / "out/job.json").read_text())
+    assert stored["spec"]["explain"]["p_mask"] == 0.1
+    assert stored["spec"]["reid"]["gallery_store"] == str(store)
+    assert {row.target_role for row in mr.read_results(str(tmp_path / "out"))} == {"correct", "wrong"}
+    again = reid(folder, tmp_path / "out", *said)
+    assert (again.exit_code, "4 images explained, 0 errors, 8 maps (4 images by earlier" in again.stdout) == (
+        0,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (("--match", "best"), "matches: expected matches top1, topN, correct, wrong or named"),
+        (("--match", "named"), "pairs: expected a list together with the match 'named', found no pairs"),
+        (("--d0", "0"), "d0: Input should be greater than 0"),
+        (("--p-mask", "1"), "p_mask: expected a probability"),
+        (("--distance", "l2"), "distance: Input should be 'euclidean' or 'cosine'"),
+        (("--gallery", "nowhere"), "nowhere"),
+        (("--model", "torchvision:resnet18"), "expected --model torchreid:NAME"),
+        (("--match", "named", "--pairs", "none.csv"), "none.csv"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_knob(
+    folder: Path, tmp_path: Path, said: tuple[str, ...], message: str
+) -> None:
+    done = reid(folder, tmp_path / "out", *said)
+    assert done.exit_code == 2
+    (line,) = [line for line in done.stderr.strip().splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+def test_a_job_file_is_checked_and_run(mixed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    values = job(mixed, tmp_path / "out").model_dump(mode="json")
+    file.write_text(yaml.safe_dump({**values, "reid": {"gallery": "mixed/gallery", "matches": "top2+wrong"}}))
+    checked = mcrise("job", "check", file)
+    assert checked.exit_code == 0, checked.stderr
+    lines = dict(line.split(maxsplit=1) for line in checked.stdout.splitlines())
+    assert (lines["images"], lines["gallery"], lines["rows"]) == ("8", "27", "at most 24")
+    assert lines["masks"] == f"{8 * 256:,}"
+    done = mcrise("run", file)
+    assert done.exit_code == 1
+    assert "5 images explained, 5 errors" in done.stdout
+
+
 # Ray.
 
 
@@ -551,28 +626,23 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("actors", [1, 2])
 def test_actors_give_the_bits_of_one_process(
-    local_ray: None, folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, str], Any], actors: int
+    local_ray: None, folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, str], Any]
 ) -> None:
-    summary = run(job(folder, tmp_path / "out", actors=actors))
+    summary = run(job(folder, tmp_path / "out", actors=2))
     assert summary.retries == {}
     assert content(tmp_path / "out") == undisturbed
 
 
-@pytest.mark.parametrize(("batch", "phase"), [(2, "embedding"), (8, "explaining")])
-def test_an_actor_that_is_killed_costs_no_bits(
-    local_ray: None,
-    folder: Path,
-    tmp_path: Path,
-    undisturbed: dict[tuple[str, str], Any],
-    batch: int,
-    phase: str,
+def test_actors_that_are_killed_cost_no_bits(
+    local_ray: None, folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, str], Any]
 ) -> None:
-    """A real process: the model ends it at a batch as only this phase has them."""
-    (tmp_path / "flag").touch()
-    args = {"flag": str(tmp_path / "flag"), "batch": str(batch)}
+    """Real processes: one ends at a batch as only embedding has them, another while it explains."""
+    flags = [tmp_path / "flag2", tmp_path / "flag8"]
+    for flag in flags:
+        flag.touch()
+    args = {"flag": str(tmp_path / "flag")}
     summary = run(job(folder, tmp_path / "out", actors=2, args=args))
-    assert not (tmp_path / "flag").exists()
-    assert summary.replaced == 1
+    assert not any(flag.exists() for flag in flags)
+    assert summary.replaced == 2
     assert content(tmp_path / "out") == undisturbed

@@ -23,6 +23,7 @@ import yaml
 from click.testing import Result
 from launched import Cluster, free_port, launched
 from PIL import Image
+from reporting import Silent
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
@@ -36,22 +37,6 @@ from mcrise_ray.loading import ModelSpec
 from mcrise_ray.progressfile import read_progress
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.submission import _sent, find_job, list_jobs, submission_id, submit_job
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None: ...
-
-    def masks_done(self, masks: int) -> None: ...
-
-    def image_done(self, failed: bool) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def outlook(self) -> dict[str, object]:
-        return {"images_total": None, "seconds_left": None}
-
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
 SLOW = ModelSpec(model="blackboxes:slow_means", args={"seconds": "0.05"}, preprocessing={"size": (20, 24)})
