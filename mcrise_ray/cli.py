@@ -42,16 +42,27 @@ def explain(options: option.JobOptions) -> None:
 @option.spread
 def audit(options: option.JobOptions, ray: option.RayOptions) -> None:
     """Explain many images on Ray. Every image ends in maps/ or, with the reason, in errors/."""
-    _run(
-        options,
-        address=ray.address,
-        insecure=ray.insecure,
-        actors=ray.actors,
-        cpus_per_actor=ray.cpus_per_actor,
-        gpus_per_actor=ray.gpus_per_actor,
-        deadline=ray.deadline,
-        max_retries=ray.max_retries,
-    )
+    _run_on_ray(options, ray)
+
+
+@app.command()
+@option.spread
+def reid(options: option.ReidOptions, ray: option.RayOptions) -> None:
+    """Explain why queries are like their matches in a gallery. --actors 0 runs in this process."""
+    with one_line_errors():
+        from mcrise_ray.reidspec import ReidSpec
+
+        of_gallery: dict[str, Any] = {
+            "gallery": tuple(options.gallery),
+            "gallery_store": options.gallery_store,
+            "matches": options.match,
+            "pairs": options.pairs,
+            "d0": options.d0,
+            "distance": options.distance,
+        }
+        spec = ReidSpec(**of_gallery)
+    in_process: dict[str, Any] = {"actors": 0} if ray.actors == "0" else {}
+    _run_on_ray(options, ray, kind="reid", reid=spec, **in_process)
 
 
 @app.command()
@@ -105,14 +116,20 @@ def demo(
         _run_and_report(job, log, overwrite=True)
 
 
+def _run_on_ray(
+    options: option.JobOptions | option.ReidOptions, ray: option.RayOptions, **settings: Any
+) -> None:
+    _run(options, **{**vars(ray), **settings})
+
+
 def _run(
-    options: option.JobOptions,
+    options: option.JobOptions | option.ReidOptions,
     actors: str | int,
     address: str | None = None,
     insecure: bool = False,
     **settings: Any,
 ) -> None:
-    """Run the job that the options mean; `settings` are those of its actors."""
+    """Run the job that the options mean; `settings` are those of its actors, and of its kind."""
     with one_line_errors():
         from mcrise_ray.errors import SpecError
         from mcrise_ray.jobfiles import parse_job
@@ -126,7 +143,8 @@ def _run(
         _run_and_report(job, options.log, options.overwrite, address, insecure)
 
 
-def _job_spec(options: option.JobOptions, settings: dict[str, Any]) -> JobSpec:
+def _job_spec(options: option.JobOptions | option.ReidOptions, settings: dict[str, Any]) -> JobSpec:
+    of_classes = options if isinstance(options, option.JobOptions) else None
     from mcrise_ray.decode import DecodeOptions
     from mcrise_ray.jobspec import JobSpec
     from mcrise_ray.loading import ModelSpec
@@ -140,12 +158,12 @@ def _job_spec(options: option.JobOptions, settings: dict[str, Any]) -> JobSpec:
         "input_range": options.input_range,
         "mean": options.mean and triple("--mean", options.mean),
         "std": options.std and triple("--std", options.std),
-        "activation": options.activation,
+        "activation": of_classes.activation if of_classes is not None else None,
     }
     model = ModelSpec(
         model=options.model,
         weights=options.weights,
-        classes=options.classes,
+        classes=of_classes.classes if of_classes is not None else None,
         args=dict(key_value(argument) for argument in options.model_arg or ()),
         preprocessing={name: value for name, value in given.items() if value is not None},
         device=options.device,
@@ -165,7 +183,6 @@ def _job_spec(options: option.JobOptions, settings: dict[str, Any]) -> JobSpec:
         "images": tuple(options.images),
         "model": model,
         "output": options.output,
-        "targets": options.target,
         "decode": DecodeOptions(allow_truncated=options.allow_truncated, **limit),
         "explain": ExplainSpec(**{name: value for name, value in explain.items() if value is not None}),
         "precision": options.precision,
@@ -174,6 +191,8 @@ def _job_spec(options: option.JobOptions, settings: dict[str, Any]) -> JobSpec:
         "original_size": options.original_size,
         "figures": options.figures,
     }
+    if of_classes is not None:
+        job["targets"] = of_classes.target
     return JobSpec(**job, **settings)
 
 
@@ -210,6 +229,12 @@ def _tell(job: JobSpec, summary: Summary, figures: list[str]) -> None:
         f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps{earlier}, "
         f"{summary.masks:,} masks in {duration(summary.seconds)} ({rate:,.0f} masks/s)"
     )
+    if summary.retrieval is not None:
+        found = summary.retrieval
+        print(
+            f"re-identified: recall@1 {found.recall_at_1:.1%}, mAP {found.mean_average_precision:.1%} of "
+            f"{found.queries:,} queries of known people"
+        )
     if summary.replaced or summary.retries:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in summary.retries.items())
         print(f"survived: {summary.replaced} actors replaced; calls repeated: {reasons or 'none'}")

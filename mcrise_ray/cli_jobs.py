@@ -263,6 +263,8 @@ def _amounts(option: str, given: list[str] | None) -> dict[str, float]:
 def _plan_lines(job: JobSpec, plan: Plan) -> Iterator[str]:
     more, so_far = _more(job), _so_far(plan)
     yield f"images       {plan.images:,}{so_far}"
+    if job.reid is not None:
+        yield f"gallery      {plan.gallery:,}{so_far}"
     yield f"units        {more}{plan.units:,}{so_far}"
     yield f"masks        {more}{plan.masks:,}{so_far}"
     yield f"rows         at most {plan.rows:,}{so_far}"
@@ -289,7 +291,7 @@ def _probe_lines(job: JobSpec, plan: Plan) -> Iterator[str]:
 
     probe = forecast.probe_job(job, masks=plan.masks if plan.complete else None)
     batch_size = probe.execution.batch_size
-    yield _calls_line(job, plan, forecast.calls(job, plan.images, batch_size), batch_size)
+    yield _calls_line(job, plan, forecast.calls(job, plan.images, batch_size, plan.gallery), batch_size)
     size = f"{probe.size[0]} x {probe.size[1]}"
     yield (
         f"bytes        at most {_bytes(forecast.output_bytes(job, plan, probe))} before compression, maps of "

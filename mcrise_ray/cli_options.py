@@ -127,6 +127,51 @@ OriginalSize = Annotated[
     typer.Option("--original-size", help="Store maps at the size of each image, not of the model's input."),
 ]
 
+Queries = Annotated[
+    list[str],
+    typer.Argument(metavar="QUERY...", help="Images, as for audit.", show_default=False),
+]
+EmbedderName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A model that returns embeddings: torchreid:NAME, timm:NAME, FILE.pt2, FILE.onnx, "
+        "package.module:factory, or the URL of a model on a KServe v2 server.",
+        show_default=False,
+    ),
+]
+GallerySources = Annotated[
+    list[str],
+    typer.Option(
+        "--gallery",
+        help="Images to match, as for audit (repeat for several). People and cameras: columns pid and camid "
+        "of a manifest, or names such as 0001_c1s1_000151_01.jpg.",
+        show_default=False,
+    ),
+]
+Matches = Annotated[
+    list[str],
+    typer.Option(
+        "--match",
+        help="top1, top5, correct (the nearest image of the same person), wrong (of another), "
+        "correct+wrong, or named (repeat for several).",
+    ),
+]
+Pairs = Annotated[str | None, typer.Option(help="For --match named: a CSV with the columns query and match.")]
+ScaleOfDistance = Annotated[
+    float | None,
+    typer.Option("--d0", help="Scale of the distance.  [default: that of the unmasked query to each match]"),
+]
+Distance = Annotated[str, typer.Option(help="euclidean or cosine.")]
+GalleryPlace = Annotated[
+    str | None,
+    typer.Option(
+        "--gallery-store",
+        help="Folder or URL of the gallery's embeddings, for other jobs to use again.  "
+        "[default: OUTPUT/gallery]",
+    ),
+]
+
 Log = Annotated[
     str,
     typer.Option(
@@ -163,14 +208,12 @@ MaxRetries = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class JobOptions:
-    """What is explained how, and where the results go."""
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """How a model is asked, by masks of which kind, and where the results go."""
 
-    images: Sources
     model: ModelName
     weights: Weights = None
-    classes: Classes = None
     model_arg: ModelArgs = None
     size: Size = None
     resize: Resize = None
@@ -179,14 +222,11 @@ class JobOptions:
     input_range: InputRange = None
     mean: Mean = None
     std: Std = None
-    activation: Activation = None
     device: Device = None
-    target: Targets = field(default_factory=lambda: ["predicted"])
     masks: MaskCount = None
     relative_error: RelativeError = None
     estimator: Estimator = "control-variate"
     grid: Grid = "8x8"
-    p_mask: PMask = 0.5
     colors: Colors = None
     method: Method = "mc-rise"
     seed: Seed = 0
@@ -201,6 +241,32 @@ class JobOptions:
     standard_error: StandardError = False
     original_size: OriginalSize = False
     log: Log = "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(CommonOptions):
+    """Which images are explained, and which of their classes."""
+
+    images: Sources
+    classes: Classes = None
+    activation: Activation = None
+    target: Targets = field(default_factory=lambda: ["predicted"])
+    p_mask: PMask = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReidOptions(CommonOptions):
+    """Which queries are explained against which images of a gallery."""
+
+    images: Queries
+    model: EmbedderName
+    gallery: GallerySources
+    match: Matches = field(default_factory=lambda: ["top1"])
+    pairs: Pairs = None
+    d0: ScaleOfDistance = None
+    distance: Distance = "euclidean"
+    gallery_store: GalleryPlace = None
+    p_mask: PMask = 0.1
 
 
 @dataclass(frozen=True)

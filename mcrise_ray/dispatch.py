@@ -29,6 +29,7 @@ from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.tasks import (
     Call,
     Done,
+    EmbedTask,
     Ended,
     Failed,
     Failure,
@@ -113,6 +114,9 @@ class Ledger:
         """Recent pace; 0 before anything came back."""
         return self._seconds_per_mask * len(unit(self._spec, 0))
 
+    def successor(self) -> None:
+        """Explaining is the end of a job."""
+
     def next_call(self, worker: int) -> Call | None:
         """The next piece of work for a worker; None where it has to wait for others, or all is handed out."""
         while self._again:
@@ -140,6 +144,7 @@ class Ledger:
         ended = []
         for task, outcome in zip(call.tasks, outcomes, strict=True):
             self._attempts.pop(task, None)
+            assert not isinstance(task, EmbedTask)
             end = (
                 self._inspected(task, outcome) if isinstance(task, InspectTask) else self._ran(task, outcome)
             )

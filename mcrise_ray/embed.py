@@ -1,11 +1,16 @@
-"""From images as they are listed to rows of a gallery: one chunk of them, in whatever process."""
+"""From images as they are listed to rows of a gallery: which are embedded together, and how.
+
+The last bits of an embedding may depend on its batch. So images are embedded in chunks, which are a function
+of the listing alone, and each chunk is embedded, committed and repeated as a whole.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 
 import numpy as np
 from jaxtyping import Float32
@@ -18,6 +23,8 @@ from mcrise_ray.identity import identity_of_name
 from mcrise_ray.images import ImageRef, read_image
 from mcrise_ray.reid import embeddings_of
 from mcrise_ray.store import ErrorRow
+
+_LEAST, _USUAL, _MOST = 64, 256, 512  # images of a chunk
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,33 @@ class GalleryRow:
     embedding: Float32[np.ndarray, " D"]
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive images of a listing; the name tells which, and in which order."""
+
+    name: str
+    refs: tuple[ImageRef, ...]
+
+
+def chunks(refs: Iterable[ImageRef]) -> Iterator[Chunk]:
+    """All images of a listing, lazily, with the person and camera of their name.
+
+    Where one chunk ends and the next begins is decided by the images themselves, so that a gallery that has
+    grown, in whatever place, shares most of its chunks with what it was.
+    """
+    some: list[ImageRef] = []
+    digests: list[bytes] = []
+    for ref in map(identified, refs):
+        some.append(ref)
+        digests.append(_digest(ref))
+        ends = int.from_bytes(digests[-1][:4], "big") % _USUAL == 0
+        if len(some) == _MOST or (ends and len(some) >= _LEAST):
+            yield _chunk(some, digests)
+            some, digests = [], []
+    if some:
+        yield _chunk(some, digests)
+
+
 def identified(ref: ImageRef) -> ImageRef:
     """An image with the person and camera of its name, where its manifest tells neither."""
     if ref.pid is not None or ref.camid is not None:
@@ -50,9 +84,6 @@ def embed(
 ) -> tuple[list[GalleryRow], list[ErrorRow]]:
     """Read and embed some images; every one ends in a row or, with the reason, in an error row.
 
-    The last bits of an embedding may depend on its batch. Who wants the same bytes again, calls this with
-    the same images in the same order.
-
     Raises:
         ModelError: the model fails, which would meet every image.
     """
@@ -62,7 +93,7 @@ def embed(
     for place, ref in enumerate(refs, start=1):
         try:
             if ref.problem is not None:
-                errors.append(ErrorRow(ref.image_id, ref.uri, "list", ref.problem))
+                errors.append(ErrorRow(ref.image_id, ref.uri, ref.stage, ref.problem))
             else:
                 read.append((identified(ref), embedder.prepare(read_image(ref.uri, decode))))
         except ImageError as error:
@@ -79,7 +110,11 @@ def read_pairs(location: str) -> dict[str, list[str]]:
     Raises:
         ImageError: it cannot be read, or has other columns.
     """
-    with files.open_seekable(location) as file:
+    try:
+        opened = files.open_seekable(location)
+    except ImageError as error:
+        raise ImageError(f"{files.shown(location)}: {error}; check --pairs") from error
+    with opened as file:
         reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
         header = [name.strip().lower() for name in next(reader, [])]
         if header[:2] != ["query", "match"]:
@@ -94,6 +129,15 @@ def read_pairs(location: str) -> dict[str, list[str]]:
                 )
             pairs.setdefault(row[0], []).append(row[1])
         return pairs
+
+
+def _chunk(refs: Sequence[ImageRef], digests: Sequence[bytes]) -> Chunk:
+    return Chunk(blake2b(b"".join(digests), digest_size=12).hexdigest(), tuple(refs))
+
+
+def _digest(ref: ImageRef) -> bytes:
+    text = "\0".join(map(str, (ref.image_id, ref.uri, ref.pid, ref.camid, ref.problem)))
+    return blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
 
 
 def _embed_batch(

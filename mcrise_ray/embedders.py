@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from mcrise_ray import zoo
 from mcrise_ray.errors import ModelError, ScoreError
 from mcrise_ray.loading import Loaded, ModelSpec, first_line, optional, options_of, ready
-from mcrise_ray.models import Loader, load_network, resolved, wrapped
+from mcrise_ray.models import Loader, ModelFacts, load_network, resolved, wrapped
 from mcrise_ray.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from mcrise_ray.scores import BlackBox, InputSpace, ask, input_space
+from mcrise_ray.servers import is_server
 
 EMBEDDER_FORMS: Final = (
     "torchreid:NAME, timm:NAME, FILE.pt2, FILE.onnx, package.module:factory, "
@@ -92,6 +93,13 @@ def load_embedder(model: str | ModelSpec, **settings: Any) -> Embedder:
     black_box = wrapped(loaded.network, preprocessing)
     probe = _check(black_box, preprocessing, spec)
     return Embedder(black_box, preprocessing, len(probe), loaded.device, probe)
+
+
+def embedder_facts(spec: ModelSpec, embedder: Embedder) -> ModelFacts:
+    """What to store of an embedder that was loaded from a spec."""
+    device = "server" if is_server(spec.model) else str(embedder.device)
+    probe = tuple(embedder.probe.tolist())
+    return ModelFacts(spec.model, device, embedder.dimensions, embedder.preprocessing, probe)
 
 
 def load_torchreid(spec: ModelSpec, device: torch.device) -> Loaded:

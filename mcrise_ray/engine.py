@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from mcrise_ray.dispatch import Ledger
+from mcrise_ray.bookkeeping import Bookkeeping
 from mcrise_ray.errors import ClusterError, MCRiseError
 from mcrise_ray.faults import ACTOR_GONE, Decision, Fault, FaultKind, History, Then, decide
 from mcrise_ray.tasks import Call, Ended, Failure, InspectTask, Reply
@@ -148,7 +148,9 @@ class _Actor:
 class Engine:
     """One job's loop over an executor; `run` once."""
 
-    def __init__(self, ledger: Ledger, executor: Executor, sink: Sink, limits: Limits | None = None) -> None:
+    def __init__(
+        self, ledger: Bookkeeping, executor: Executor, sink: Sink, limits: Limits | None = None
+    ) -> None:
         self.tally = Tally()
         self._ledger, self._executor, self._sink = ledger, executor, sink
         self._limits = limits or Limits()
@@ -161,7 +163,7 @@ class Engine:
         self._slowest = 0.0  # seconds per mask
 
     def run(self) -> Tally:
-        """Work until the ledger is finished.
+        """Work until the ledger and its successors are finished.
 
         Raises:
             MCRiseError: the model cannot be built; actor after actor dies; the sink fails.
@@ -171,7 +173,11 @@ class Engine:
                 self._recruit()
                 self._feed()
                 if self._ledger.finished:
-                    return self.tally
+                    successor = self._ledger.successor()
+                    if successor is None:
+                        return self.tally
+                    self._ledger = successor
+                    continue
                 for event in self._executor.wait(self._limits.tick):
                     self._handle(event)
                 self._look_at_clock()

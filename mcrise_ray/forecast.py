@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
+from mcrise_ray.embed import read_pairs
 from mcrise_ray.errors import ImageError
+from mcrise_ray.explained import load_explained
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, explain
 from mcrise_ray.files import shown
 from mcrise_ray.images import ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec
-from mcrise_ray.models import load_model
 from mcrise_ray.plan import unit_count, unit_size
 from mcrise_ray.precision import Execution
+from mcrise_ray.reidspec import ReidSpec
 from mcrise_ray.tuning import settle
 
 _TRIED = 20  # images, until one can be decoded
@@ -33,8 +35,10 @@ class Plan:
         units: pieces of work that are handed out, retried and committed; at most, as all that follows,
             where the job asks for a relative error.
         masks: masked images that the model scores.
-        model_calls: batches of them, and one call per image for the unmasked one.
+        model_calls: batches of them, and one call per image for the unmasked one; of a ReID job, those that
+            embed as well.
         rows: of `maps/` at most: targets of an image that coincide share a row.
+        gallery: images of the gallery of a ReID job.
     """
 
     images: int
@@ -43,6 +47,7 @@ class Plan:
     masks: int
     model_calls: int
     rows: int
+    gallery: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,21 +90,32 @@ def plan_job(job: JobSpec, *, seconds: float = 20.0) -> Plan:
             break
     if not count:
         raise ImageError(f"expected images, found none in {', '.join(map(shown, source.sources))}")
+    gallery = 0
+    if job.reid is not None:
+        targets = _matches(job.reid, count)
+        for _ in ImageSource(job.reid.gallery):
+            gallery += 1
+            if time.monotonic() > until:
+                complete = False
+                break
+    size = DEFAULT_BATCH_SIZE if job.batch_size == "auto" else job.batch_size
     return Plan(
         images=count,
         complete=complete,
         units=count * unit_count(job.explain),
         masks=count * job.explain.masks,
-        model_calls=calls(job, count, DEFAULT_BATCH_SIZE if job.batch_size == "auto" else job.batch_size),
+        model_calls=calls(job, count, size, gallery),
         rows=targets,
+        gallery=gallery,
     )
 
 
-def calls(job: JobSpec, images: int, batch_size: int) -> int:
+def calls(job: JobSpec, images: int, batch_size: int, gallery: int = 0) -> int:
     """Calls of the model for so many images, unmasked ones included: units do not share a batch."""
+    embedding = 0 if job.reid is None else -(-(images + gallery) // batch_size)
     size = unit_size(job.explain)
     whole, rest = divmod(job.explain.masks, size)
-    return images * (1 + whole * -(-size // batch_size) + -(-rest // batch_size))
+    return embedding + images * (1 + whole * -(-size // batch_size) + -(-rest // batch_size))
 
 
 def probe_job(job: JobSpec, *, masks: int | None = None, seconds: float = 2.0) -> Probe:
@@ -138,11 +154,13 @@ def seconds_needed(plan: Plan, probe: Probe, actors: int) -> float:
 
 def _probe(job: JobSpec, masks: int | None, seconds: float) -> Probe:
     began = time.perf_counter()
-    image, model = _first_image(job), load_model(job.model)
+    image = _first_image(job)
+    explained = load_explained(job.model, job.explain, job.targets, job.reid, job.decode)
     settled = settle(
-        model,
+        explained.model,
         job.explain,
         image,
+        scored=explained.scored,
         precision=job.precision,
         batch_size=job.batch_size,
         masks=masks and masks // max(1, job.fewest_actors),
@@ -150,11 +168,12 @@ def _probe(job: JobSpec, masks: int | None, seconds: float) -> Probe:
     ready = time.perf_counter()
     model, batch_size = settled.model, settled.execution.batch_size
     prepared = model.prepare(image)
+    black_box = explained.scored(model, prepared)
 
     def run(masks: int) -> float:
         began = time.perf_counter()
         spec = job.explain.model_copy(update={"masks": masks, "relative_error": None})
-        explain(model, prepared, spec=spec, batch_size=batch_size)
+        explain(black_box, prepared, spec=spec, batch_size=batch_size)
         return time.perf_counter() - began
 
     # The first batch pays for lazy start-ups; the second tells how many fit into the time.
@@ -180,6 +199,13 @@ def _first_image(job: JobSpec) -> UInt8[np.ndarray, "h w 3"]:
         except ImageError as error:
             problem = str(error)
     raise ImageError(f"cannot read any of the first images: {problem}")
+
+
+def _matches(reid: ReidSpec, queries: int) -> int:
+    """Rows that so many queries can have."""
+    named = 0 if reid.pairs is None else sum(map(len, read_pairs(reid.pairs).values()))
+    nearest = max((int(word[3:]) for word in reid.matches if word.startswith("top")), default=0)
+    return queries * (nearest + len({"correct", "wrong"}.intersection(reid.matches))) + named
 
 
 def _targets(job: JobSpec, of_manifest: int) -> int:

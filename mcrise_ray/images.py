@@ -46,7 +46,8 @@ class ImageRef:
         label: its true class, by index or by name, where known.
         targets: the classes to explain that its manifest asks for, by index or by name.
         pid, camid: the person on it and the camera, where its manifest tells; see `mcrise_ray.identity`.
-        problem: why it cannot be explained, where listing it showed that; it gets an error row.
+        problem: why it cannot be explained, where that is known already; it gets an error row.
+        stage: at which that showed.
     """
 
     image_id: str
@@ -56,6 +57,7 @@ class ImageRef:
     pid: int | None = None
     camid: int | None = None
     problem: str | None = None
+    stage: str = "list"
 
 
 class ImageSource:

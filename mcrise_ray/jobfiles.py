@@ -40,7 +40,12 @@ _EXAMPLES: Final[dict[str, Any]] = {
     "images": ["images/"],
     "model.model": "torchvision:resnet50?weights=IMAGENET1K_V2",
     "output": "results",
+    "reid.gallery": ["gallery/"],
 }
+_REQUIRED: Final = ("images", "model.model", "output")
+
+# Commented out in the example, because their defaults depend on the kind of the job.
+_DEPENDING: Final = frozenset({"explain.p_mask"})
 
 # Fields that hold part of another model, as free mappings.
 _PARTS: Final[dict[str, type[BaseModel]]] = {"model.preprocessing": Preprocessing}
@@ -76,7 +81,7 @@ def parse_job(values: Mapping[str, Any], folder: str | os.PathLike[str] = ".") -
         SpecError: a key is unknown, a value is wrong, or one holds a password.
     """
     _refuse_unknown(values, JobSpec)
-    missing = [path for path in _EXAMPLES if not _is_given(values, path)]
+    missing = [path for path in _REQUIRED if not _is_given(values, path)]
     if missing:
         raise SpecError(f"expected {' and '.join(missing)}, found none; `mcrise job init` writes an example")
     refuse_secrets(values)
@@ -157,6 +162,12 @@ def _section(field: FieldInfo, path: str) -> type[BaseModel] | None:
     return next((model for model in inside if model is not None), _PARTS.get(path))
 
 
+def _whole_section(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that holds one, or nothing."""
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+    return _model(kinds[0]) if len(kinds) == 1 else None
+
+
 def _model(kind: Any) -> type[BaseModel] | None:
     return kind if inspect.isclass(kind) and issubclass(kind, BaseModel) else None
 
@@ -209,8 +220,8 @@ def _built(values: Mapping[str, Any], model: type[BaseModel], prefix: str) -> An
     """The model of some values, section by section, so that an error names the whole key."""
     done = dict(values)
     for name, field in model.model_fields.items():
-        inner = _model(field.annotation)
-        if inner is not None and name in done:
+        inner = _whole_section(field)
+        if inner is not None and isinstance(done.get(name), Mapping):
             done[name] = _built(done[name], inner, f"{prefix}{name}.")
     try:
         return model(**done)
@@ -242,7 +253,21 @@ def _resolved(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         ]
     if isinstance(done["output"], str):
         done["output"] = _absolute(done["output"], folder)
+    if isinstance(done.get("reid"), Mapping):
+        done["reid"] = _resolved_reid(done["reid"], folder)
     return {**done, "model": model}
+
+
+def _resolved_reid(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    done = dict(values)
+    for name in ("gallery_store", "pairs"):
+        if isinstance(done.get(name), str):
+            done[name] = _absolute(done[name], folder)
+    sources = done.get("gallery")
+    if isinstance(sources, str | list | tuple):
+        listed = [sources] if isinstance(sources, str) else sources
+        done["gallery"] = [_absolute_images(s, folder) if isinstance(s, str) else s for s in listed]
+    return done
 
 
 def _absolute(location: str, folder: Path) -> str:
@@ -300,12 +325,13 @@ def _example(model: type[BaseModel], prefix: str, depth: int) -> Iterator[str]:
             yield from _example(inner, f"{path}.", depth + 1)
             continue
         value = _EXAMPLES[path] if field.is_required() else field.get_default(call_default_factory=True)
-        yield f"{margin}{name}: {json.dumps(value)}"
-        section = _section(field, path)
-        if section is not None:
-            # Commented out, because it replaces the default, such as what the model says of itself.
-            part = (line for line in _example(section, f"{path}.", 1) if line)
-            yield from (f"{margin}# {line}" for line in part)
+        yield f"{margin}{'# ' if path in _DEPENDING else ''}{name}: {json.dumps(value)}"
+        part = _section(field, path)
+        if part is not None:
+            # Commented out, because a part that is given replaces the default, such as what the
+            # model says of itself, or goes with another kind of job.
+            lines = (line for line in _example(part, f"{path}.", 1) if line)
+            yield from (f"{margin}# {line}" for line in lines)
 
 
 def _documented(model: type[BaseModel]) -> dict[str, str]:

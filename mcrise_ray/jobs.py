@@ -8,10 +8,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 
+import numpy as np
+
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.dispatch import Ledger
 from mcrise_ray.engine import Engine, Executor, Limits
 from mcrise_ray.errors import ImageError, StoreError
+from mcrise_ray.identity import Retrieval
 from mcrise_ray.images import ImageRef, ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec, differences
 from mcrise_ray.lease import Lease
@@ -19,8 +22,9 @@ from mcrise_ray.precision import Execution, Precision
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.progress import Reporter
 from mcrise_ray.recorder import Counts, Recorder
+from mcrise_ray.reidjob import ReidJob
 from mcrise_ray.results import Results, read_results
-from mcrise_ray.store import Committed, MapRow, Store
+from mcrise_ray.store import Committed, MapRow, MatchRow, Store
 from mcrise_ray.worker import InProcess, Setup, Worker
 
 _COUNTED = 1000  # shorter lists are counted before the start, for the progress bar
@@ -42,6 +46,7 @@ class Summary:
         replaced: actors that were replaced.
         halved: calls repeated with half the batch for lack of memory; the last bits of their images may
             differ from those of an undisturbed run.
+        retrieval: how well the queries of a ReID job were matched, where people are known.
     """
 
     images: int
@@ -53,6 +58,7 @@ class Summary:
     retries: dict[str, int] = field(default_factory=dict)
     replaced: int = 0
     halved: int = 0
+    retrieval: Retrieval | None = None
 
 
 def run_job(
@@ -79,11 +85,12 @@ def run_job(
         committed = Committed.nothing() if overwrite else _committed(job, store)
         left = (image for image in images if image.image_id not in committed)
         first = next(left, None)
+        if first is None and job.reid is not None and not _is_done(store):
+            first = next(iter(ImageSource(job.images)))  # the rest of the job is left
         if first is None:
             reporter.note(f"all {len(committed)} images are done already in {job.output}")
-            summary = Summary(
-                len(committed.explained), len(committed.failed), committed.rows, 0, 0.0, len(committed)
-            )
+            done = len(committed.explained), len(committed.failed), committed.rows
+            summary = Summary(*done, 0, 0.0, len(committed), retrieval=_retrieval(store))
             reporter.job_ended("done", {key: getattr(summary, key) for key in asdict(Counts())})
             return summary
         if len(committed):
@@ -91,13 +98,14 @@ def run_job(
         reporter.start(count, job.explain.masks, len(committed))
         execution = (None if overwrite else _execution(store)) or _chosen(job)
         setup = _setup(job, count, first)
+        work = chain([first], left) if job.reid is None else ReidJob(job, committed, reporter.note)
         if job.actors == 0:
             alone = InProcess(Worker(setup), execution)
-            return _run(job, store, lease, committed, chain([first], left), reporter, alone, overwrite)
+            return _run(job, store, lease, committed, work, reporter, alone, overwrite)
         from mcrise_ray import cluster
 
         with cluster.connect(job, setup, execution, address) as executor:
-            return _run(job, store, lease, committed, chain([first], left), reporter, executor, overwrite)
+            return _run(job, store, lease, committed, work, reporter, executor, overwrite)
     finally:
         lease.release()
 
@@ -107,7 +115,7 @@ def _run(
     store: Store,
     lease: Lease,
     committed: Committed,
-    images: Iterator[ImageRef],
+    work: Iterator[ImageRef] | ReidJob,
     reporter: Reporter,
     executor: Executor,
     overwrite: bool,
@@ -115,8 +123,20 @@ def _run(
     """Run the engine, and leave the output in order however that ends."""
     began = time.monotonic()
     checkpoints = Checkpoints(store)
-    ledger = Ledger(images, job.explain, saved=(lambda _: None) if overwrite else checkpoints.take)
-    recorder = Recorder(job, store, lease, checkpoints, committed, ledger, reporter, clear=overwrite)
+    saved = (lambda _: None) if overwrite else checkpoints.take
+    reid = work if isinstance(work, ReidJob) else None
+    ledger = work.ledger(saved) if isinstance(work, ReidJob) else Ledger(work, job.explain, saved=saved)
+    recorder = Recorder(
+        job,
+        store,
+        lease,
+        checkpoints,
+        committed,
+        ledger,
+        reporter,
+        clear=overwrite,
+        on_built=(lambda _: None) if reid is None else lambda built: reid.begin(built.facts),
+    )
     engine = Engine(ledger, executor, recorder, Limits(max_retries=job.max_retries, deadline=job.deadline))
     tally = engine.tally
     try:
@@ -126,7 +146,12 @@ def _run(
         with suppress(StoreError):  # the store may be what failed; either way `error` is what to tell
             recorder.close(state, faults=asdict(tally), error=str(error))
         raise
-    recorder.close("done", faults=asdict(tally))
+    finally:
+        if reid is not None:
+            reid.close()
+    retrieval = None if reid is None else reid.retrieval
+    told = {} if retrieval is None else {"retrieval": asdict(retrieval)}
+    recorder.close("done", faults=asdict(tally), **told)
     counts = recorder.counts
     return Summary(
         counts.images,
@@ -138,6 +163,7 @@ def _run(
         tally.retries,
         tally.replaced,
         tally.halved,
+        retrieval,
     )
 
 
@@ -157,6 +183,16 @@ def _committed(job: JobSpec, store: Store) -> Committed:
             f"with other settings ({'; '.join(differing)}); choose another --output, or say --overwrite"
         )
     return store.committed()
+
+
+def _is_done(store: Store) -> bool:
+    return (store.read_json("job.json") or {}).get("state") == "done"
+
+
+def _retrieval(store: Store) -> Retrieval | None:
+    """What a finished ReID job has said of its matches."""
+    told = (store.read_json("job.json") or {}).get("retrieval")
+    return None if told is None else Retrieval(**told)
 
 
 def _execution(store: Store) -> Execution | None:
@@ -186,6 +222,7 @@ def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
         threads,
         masks,
         sample,
+        job.reid,
     )
 
 
@@ -195,12 +232,19 @@ def draw_figures(job: JobSpec, on_figure: Callable[[str], None]) -> None:
 
     results = read_results(job.output)
     prepare = Preprocessing(**results.job["model"]["preprocessing"]).prepare
+
+    def shown(uri: str) -> np.ndarray:
+        image = read_image(uri, job.decode)
+        return image if job.original_size else prepare(image)
+
     for image_id, rows in islice(_by_image(results), job.figures):
         lines = [
-            render.FigureRow(_title(row), row.method, row.colors, row.map, row.relative_error) for row in rows
+            render.FigureRow(
+                _title(row), row.method, row.colors, row.map, row.relative_error, _match(row, shown)
+            )
+            for row in rows
         ]
-        image = read_image(rows[0].uri, job.decode)
-        picture = render.draw(image if job.original_size else prepare(image), lines)
+        picture = render.draw(shown(rows[0].uri), lines)
         on_figure(Store(job.output).write_figure(image_id, render.to_png(picture)))
 
 
@@ -230,6 +274,16 @@ def _by_image(results: Results) -> Iterator[tuple[str, list[MapRow]]]:
         yield rows[0].image_id, rows
 
 
+def _match(row: MapRow, shown: Callable[[str], np.ndarray]) -> tuple[str, np.ndarray] | None:
+    """The picture beside a query."""
+    if not isinstance(row, MatchRow):
+        return None
+    place = f"rank {row.rank}, distance {row.distance:.3g}"
+    return f"{row.target_role}\n{row.match_id[-30:]}\n{place}", shown(row.match_uri)
+
+
 def _title(row: MapRow) -> str:
+    if isinstance(row, MatchRow):
+        return f"query\n{row.image_id[-30:]}\nscore {row.score:.3f}"
     name = f"{row.target_name} ({row.target})" if row.target_name else f"class {row.target}"
     return f"{row.target_role}\n{name}\nscore {row.score:.3f}"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.errors import SpecError
 from mcrise_ray.loading import ModelSpec
+from mcrise_ray.reid import P_MASK
+from mcrise_ray.reidspec import ReidSpec
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.targets import TargetChoice
 from mcrise_ray.tuning import PrecisionChoice
@@ -18,6 +20,8 @@ from mcrise_ray.tuning import PrecisionChoice
 _FREE_TO_CHANGE = frozenset(
     {"output", "actors", "gpus_per_actor", "label_selector", "figures", "deadline", "max_retries"}
 )
+
+_PREDICTED: Final = ("predicted",)
 
 
 class ActorRange(StrictModel):
@@ -43,12 +47,15 @@ class JobSpec(StrictModel):
 
     Args:
         images: files, folders, manifests, shards, datasets: see `ImageSource`.
-        model: which model.
+        model: which model; for `reid` one that embeds, see `load_embedder`.
         output: folder or URL of the results.
+        kind: `"explain"`: classes of each image; `"reid"`: why each image, a query, is like its matches in a
+            gallery, which then has to be given below.
         targets: `"predicted"`, `"top5"`, `"truth"`, `"predicted+truth"`, `"manifest"`, or class indices and
-            names; see `parse_targets`. Several targets share one pass.
+            names; see `parse_targets`. Several targets share one pass. Not for `reid`.
+        reid: the gallery and which matches, for `reid` alone.
         decode: what is decoded and what is refused.
-        explain: method, masks, fills.
+        explain: method, masks, fills. For `reid`, p_mask is 0.1 where nothing is said.
         actors: Ray actors that each hold the model. `auto`: as many as fit, also while the cluster grows or
             shrinks; one is asked for where none does. A number: asked for in any case, which makes a cluster
             grow that can; work begins with those that are there. `{min: 2, max: 8}`: two are asked for in
@@ -77,7 +84,9 @@ class JobSpec(StrictModel):
     images: tuple[str, ...]
     model: ModelSpec
     output: str
-    targets: TargetChoice = ("predicted",)
+    kind: Literal["explain", "reid"] = "explain"
+    targets: TargetChoice = _PREDICTED
+    reid: ReidSpec | None = None
     decode: DecodeOptions = Field(default_factory=DecodeOptions)
     explain: ExplainSpec = Field(default_factory=ExplainSpec)
     actors: Literal["auto"] | int | ActorRange = "auto"
@@ -91,6 +100,35 @@ class JobSpec(StrictModel):
     figures: int = Field(default=100, ge=0)
     deadline: float = Field(default=60.0, gt=0)
     max_retries: int = Field(default=3, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _p_mask_of_reid(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("kind") != "reid":
+            return values
+        said = values.get("explain") or {}
+        if isinstance(said, ExplainSpec):
+            said = said.model_dump(exclude_unset=True)
+        if not isinstance(said, dict):
+            return values
+        return {**values, "explain": ExplainSpec(**{"p_mask": P_MASK, **said})}
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> JobSpec:
+        if self.kind == "explain":
+            if self.reid is not None:
+                raise ValueError("reid: expected kind reid with a gallery, found kind explain")
+            return self
+        if self.reid is None:
+            raise ValueError("reid: expected a gallery for kind reid, found none; give reid.gallery")
+        for name, is_said, instead in (
+            ("targets", self.targets != _PREDICTED, "say reid.matches (--match)"),
+            ("model.classes", self.model.classes is not None, "leave it out"),
+            ("model.preprocessing.activation", "activation" in self.model.preprocessing, "leave it out"),
+        ):
+            if is_said:
+                raise ValueError(f"{name}: expected none for kind reid, which explains matches; {instead}")
+        return self
 
     @field_validator("actors", mode="before")
     @classmethod

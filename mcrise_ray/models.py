@@ -43,14 +43,16 @@ class ModelFacts:
     Attributes:
         model: the model string.
         device: where it runs; `server` where that is not here.
-        classes: how many scores it returns.
+        classes: how many scores it returns; of a model that embeds, the dimensions.
         preprocessing: complete: the model's own with what was said otherwise.
+        probe: of a model that embeds, see `Embedder`.
     """
 
     model: str
     device: str
     classes: int
     preprocessing: Preprocessing
+    probe: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

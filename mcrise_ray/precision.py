@@ -7,19 +7,22 @@ is no torch module of ours is asked as it is.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from mcrise_ray.embedders import Embedder
 from mcrise_ray.errors import ModelError
 from mcrise_ray.loading import first_line
 from mcrise_ray.memory import keep_freed
 from mcrise_ray.models import Model
 from mcrise_ray.scores import Classifier, ask
 from mcrise_ray.spec import StrictModel
+
+AnyModel = TypeVar("AnyModel", Model, Embedder)
 
 STEPS: Final = ("channels_last", "bfloat16", "compiled")
 """What may be done to a network, in the order in which it is tried."""
@@ -126,13 +129,13 @@ def layout_of(precision: Precision) -> torch.memory_format:
     return torch.channels_last if precision.channels_last else torch.contiguous_format
 
 
-def network_of(model: Model) -> nn.Module | None:
+def network_of(model: Model | Embedder) -> nn.Module | None:
     """The torch module inside of a model of ours; None for ONNX, servers and foreign callables."""
     network = model.black_box.network if isinstance(model.black_box, Classifier) else None
     return network if isinstance(network, nn.Module) else None
 
 
-def adapted(model: Model, network: nn.Module, precision: Precision, batch_size: int) -> Model:
+def adapted(model: AnyModel, network: nn.Module, precision: Precision, batch_size: int) -> AnyModel:
     """The model with its network asked in a certain precision."""
     classifier = model.black_box
     if not isinstance(classifier, Classifier):
@@ -144,7 +147,7 @@ def adapted(model: Model, network: nn.Module, precision: Precision, batch_size: 
     return replace(model, black_box=black_box)
 
 
-def apply(model: Model, execution: Execution) -> Model:
+def apply(model: AnyModel, execution: Execution) -> AnyModel:
     """The model asked as the plan says. Its weights are moved: use the model that is returned alone.
 
     Sets the number of torch's threads, which is part of the plan too, and lets this process keep the memory

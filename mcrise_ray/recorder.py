@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from mcrise_ray.bookkeeping import Bookkeeping
 from mcrise_ray.checkpoints import Checkpoints
-from mcrise_ray.dispatch import Ledger
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.lease import Lease
 from mcrise_ray.models import ModelFacts
 from mcrise_ray.progress import Reporter
-from mcrise_ray.store import Committed, ErrorRow, MapRow, Store
-from mcrise_ray.tasks import Ended, Failed, Finished
+from mcrise_ray.store import Committed, ErrorRow, MapRow, MatchRow, Store
+from mcrise_ray.tasks import Ended, Failed, Finished, GalleryMatch, Query, Target
 from mcrise_ray.worker import Built
 
 _ROWS_PER_FILE = 64
@@ -59,6 +59,7 @@ class Recorder:
         ledger: asked for unfinished images.
         reporter: told about progress.
         clear: delete what the output holds once the model is built.
+        on_built: called after that.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Recorder:
         lease: Lease,
         checkpoints: Checkpoints,
         committed: Committed,
-        ledger: Ledger,
+        ledger: Bookkeeping,
         reporter: Reporter,
         clear: bool = False,
+        on_built: Callable[[Built], None] = lambda built: None,
     ) -> None:
         self.counts = Counts(
             images=len(committed.explained),
@@ -79,7 +81,7 @@ class Recorder:
             earlier=len(committed.explained) + len(committed.failed),
         )
         self._job, self._store, self._lease, self._checkpoints = job, store, lease, checkpoints
-        self._ledger, self._reporter, self._clear = ledger, reporter, clear
+        self._ledger, self._reporter, self._clear, self._on_built = ledger, reporter, clear, on_built
         self._built: Built | None = None
         self._retries = self._actors = 0
         self._relative_errors: deque[float] = deque(maxlen=_OF_LATE)
@@ -100,6 +102,7 @@ class Recorder:
         if self._clear:
             self._store.clear()
         self._store.write_job(job_file(self._job, built, "running"))
+        self._on_built(built)
 
     def ended(self, image: Ended) -> None:
         """See `Sink`."""
@@ -233,7 +236,7 @@ class _Part:
     written: list[str] = field(default_factory=list)
     since: float = 0.0
 
-    def add(self, rows: list[Any]) -> None:
+    def add(self, rows: Sequence[Any]) -> None:
         if self.waiting and _shape(self.waiting[0]) != _shape(rows[0]):
             self._commit()
         if not self.waiting:
@@ -261,18 +264,18 @@ def _shape(row: MapRow | ErrorRow) -> tuple[int, ...]:
     return row.map.shape if isinstance(row, MapRow) else (0,)
 
 
-def map_rows(job: JobSpec, facts: ModelFacts, ended: Finished) -> list[MapRow]:
+def map_rows(job: JobSpec, facts: ModelFacts, ended: Finished) -> Sequence[MapRow]:
     """The rows of one explained image, one per target."""
-    targets, result = ended.inspection.targets, ended.explanation
+    image, targets, result = ended.image, ended.inspection.targets, ended.explanation
     size = ended.inspection.original_size if job.original_size else ended.inspection.size
 
     def sized(maps: np.ndarray) -> np.ndarray:
         return facts.preprocessing.to_original(maps, size) if job.original_size else maps
 
-    return [
+    rows = [
         MapRow(
-            image_id=ended.image.image_id,
-            uri=ended.image.uri,
+            image_id=image.image_id,
+            uri=image.uri,
             height=size[0],
             width=size[1],
             target=target.index,
@@ -291,6 +294,27 @@ def map_rows(job: JobSpec, facts: ModelFacts, ended: Finished) -> list[MapRow]:
         )
         for place, (target, error) in enumerate(zip(targets, result.relative_error, strict=True))
     ]
+    if not isinstance(image, Query):
+        return rows
+    return [match_row(*those, image) for those in zip(rows, targets, image.matches, strict=True)]
+
+
+def match_row(row: MapRow, target: Target, match: GalleryMatch, query: Query) -> MatchRow:
+    """The row of one explained match."""
+    assert target.distance is not None
+    assert target.d0 is not None
+    return MatchRow(
+        **vars(row),
+        match_id=match.image_id,
+        match_uri=match.uri,
+        distance=target.distance,
+        d0=target.d0,
+        rank=match.rank,
+        pid=query.pid,
+        camid=query.camid,
+        match_pid=match.pid,
+        match_camid=match.camid,
+    )
 
 
 def job_file(job: JobSpec, built: Built, state: str, **more: Any) -> dict[str, Any]:
@@ -304,7 +328,7 @@ def job_file(job: JobSpec, built: Built, state: str, **more: Any) -> dict[str, A
         "model": {
             "model": facts.model,
             "device": facts.device,
-            "classes": facts.classes,
+            "classes" if job.reid is None else "dimensions": facts.classes,
             "preprocessing": facts.preprocessing.model_dump(mode="json"),
         },
         "execution": built.execution.model_dump(mode="json"),

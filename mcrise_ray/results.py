@@ -12,7 +12,7 @@ import pyarrow.dataset
 import pyarrow.fs
 
 from mcrise_ray.errors import StoreError
-from mcrise_ray.store import ErrorRow, MapRow, resolve
+from mcrise_ray.store import ErrorRow, MapRow, MatchRow, resolve
 
 
 class Results:
@@ -49,14 +49,14 @@ class Results:
         return int(self.maps.count_rows())
 
     def __iter__(self) -> Iterator[MapRow]:
-        """Rows in the order they were committed, one batch in memory at a time."""
+        """Rows in the order they were committed, one batch in memory at a time; `MatchRow`s of a ReID job."""
         for batch in self._batches():
             tensors = {name: _arrays(batch.column(name)) for name in ("map", "baseline", "standard_error")}
             plain = batch.drop_columns(list(tensors)).to_pylist()
             for index, row in enumerate(plain):
                 row["colors"] = tuple(row["colors"])
                 row.update({name: arrays[index] for name, arrays in tensors.items()})
-                yield MapRow(**row)
+                yield MatchRow(**row) if "match_id" in row else MapRow(**row)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         """Some rows at a time; file by file, because maps of different files may differ in their shape."""

@@ -95,7 +95,8 @@ class ExplainSpec(StrictModel):
         method: `"mc-rise"` (eq. 9), `"debiased-rise"` (eq. 5) or `"rise"` (eq. 2).
         masks: N, the number of masks; where a relative error is asked for, the most masks spent on it.
         grid: (h, w), rows and columns of the cell grid.
-        p_mask: probability that a cell is masked, strictly between 0 and 1.
+        p_mask: probability that a cell is masked, strictly between 0 and 1; 0.5 by default, and 0.1 in jobs
+            of kind `reid`.
         colors: fills of MC-RISE: a palette's name, or names and `#rrggbb` codes. The two RISE methods
             have one black fill and refuse any other.
         seed: 0 to 2**64 - 1.

@@ -1,6 +1,6 @@
 """Results in Parquet: the schema, and files that appear whole or not at all.
 
-OUT/maps/*.parquet     one row per image and target
+OUT/maps/*.parquet     one row per image and target; of a ReID job, per query and match
 OUT/errors/*.parquet   one row per image that could not be explained
 OUT/job.json           the spec, versions, counts, state
 OUT/progress.json      how far a running job is
@@ -41,7 +41,7 @@ class MapRow:
         height, width: of the map, which has the size of the model's input, or of the image where that was
             asked for; reshape a flat `map` by them and `colors`.
         target, target_name: class index, and its name where known.
-        target_role: `predicted`, `top2` and so on, `truth`, `asked` or `match`.
+        target_role: `predicted`, `top2` and so on, `truth` or `asked`.
         score: of the unmasked image.
         method, colors: the map's M channels are the colours for MC-RISE, a single one for the RISE methods.
         masks: N.
@@ -73,8 +73,38 @@ class MapRow:
 
 
 @dataclass(frozen=True)
+class MatchRow(MapRow):
+    """One explained (query, match); of a ReID job.
+
+    Attributes:
+        target, target_name: place of the match among those of its query, and its `image_id`.
+        target_role: `match` (the nearest), `top2` and so on, `correct`, `wrong` or `named`.
+        score: `exp(-distance / d0)`.
+        match_id, match_uri: `image_id` and `uri` of the match.
+        distance: of the embeddings of the unmasked query and the match.
+        d0: that the distances of masked queries are divided by.
+        rank: 1 plus the number of gallery images that may match the query and are nearer.
+        pid, camid, match_pid, match_camid: person and camera, where known.
+    """
+
+    match_id: str
+    match_uri: str
+    distance: float
+    d0: float
+    rank: int
+    pid: int | None
+    camid: int | None
+    match_pid: int | None
+    match_camid: int | None
+
+
+@dataclass(frozen=True)
 class ErrorRow:
-    """One image that could not be explained: at which stage (`list`, `read`, `explain`), and why."""
+    """One image that could not be explained: at which stage, and why.
+
+    Stages are `list`, `read`, `explain`; of a ReID job also `embed` and `match`, and `gallery` for images of
+    the gallery, whose `image_id` begins with `gallery:` there.
+    """
 
     image_id: str
     uri: str
@@ -82,7 +112,7 @@ class ErrorRow:
     error: str
 
 
-_ERROR_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "uri", "stage", "error")])
+ERROR_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "uri", "stage", "error")])
 
 
 def map_schema(shape: tuple[int, int, int]) -> pa.Schema:
@@ -109,6 +139,15 @@ def map_schema(shape: tuple[int, int, int]) -> pa.Schema:
             pa.field("spec_hash", pa.string(), nullable=False),
         ]
     )
+
+
+def match_schema(shape: tuple[int, int, int]) -> pa.Schema:
+    """Schema of the `maps/` of a ReID job."""
+    told = ("match_id", "match_uri", "distance", "d0", "rank")
+    kinds = (pa.string(), pa.string(), pa.float64(), pa.float64(), pa.int64())
+    people = ("pid", "camid", "match_pid", "match_camid")
+    more = [pa.field(name, kind, nullable=False) for name, kind in zip(told, kinds, strict=True)]
+    return pa.schema([*map_schema(shape), *more, *(pa.field(name, pa.int64()) for name in people)])
 
 
 @dataclass(frozen=True)
@@ -154,7 +193,7 @@ class Store:
 
     def write_maps(self, part: int, rows: Sequence[MapRow]) -> None:
         """Commit finished maps as one file; rows of one file share a shape."""
-        schema = map_schema(rows[0].map.shape)
+        schema = (match_schema if isinstance(rows[0], MatchRow) else map_schema)(rows[0].map.shape)
         columns = {
             name: _column(schema.field(name).type, [getattr(row, name) for row in rows])
             for name in schema.names
@@ -163,7 +202,7 @@ class Store:
 
     def write_errors(self, part: int, rows: Sequence[ErrorRow]) -> None:
         """Commit error rows as one file."""
-        table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_ERROR_SCHEMA)
+        table = pa.Table.from_pylist([asdict(row) for row in rows], schema=ERROR_SCHEMA)
         self.write(self._part("errors", part), _parquet(table))
 
     def write_job(self, content: dict[str, Any]) -> None:
@@ -179,7 +218,7 @@ class Store:
     def clear(self) -> None:
         """Delete what an earlier job left, and nothing else."""
         with self._failing("remove results from"):
-            for name in ("maps", "errors", "figures", "partial"):
+            for name in ("maps", "errors", "figures", "partial", "queries", "gallery"):
                 if self._exists(name):
                     self._filesystem.delete_dir(f"{self._root}/{name}")
             for name in ("job.json", "progress.json"):

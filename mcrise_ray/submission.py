@@ -383,6 +383,10 @@ def _sent(job: JobSpec, working_dir: str | os.PathLike[str] | None) -> dict[str,
     values["images"] = [relative(source) for source in values["images"]]
     for name in ("model", "weights", "classes"):
         values["model"][name] = relative(values["model"][name])
+    if values["reid"] is not None:
+        values["reid"]["gallery"] = [relative(source) for source in values["reid"]["gallery"]]
+        for name in ("gallery_store", "pairs"):
+            values["reid"][name] = relative(values["reid"][name])
     return values
 
 

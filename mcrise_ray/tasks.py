@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+from jaxtyping import Float32
+
+from mcrise_ray.embed import GalleryRow
 from mcrise_ray.faults import Fault
 from mcrise_ray.images import ImageRef
 from mcrise_ray.reduction import Conclude, Explanation, State, Work, WorkResult
+from mcrise_ray.store import ErrorRow
+
+
+@dataclass(frozen=True, eq=False)
+class GalleryMatch:
+    """A gallery image that a query is explained against.
+
+    Attributes:
+        image_id, uri, pid, camid: see `GalleryRow`.
+        role, rank: see `mcrise_ray.matching.Match`.
+        embedding: `f_match`, `(D,)`.
+    """
+
+    image_id: str
+    uri: str
+    pid: int | None
+    camid: int | None
+    role: str
+    rank: int
+    embedding: Float32[np.ndarray, " D"]
+
+
+@dataclass(frozen=True)
+class Query(ImageRef):
+    """An image to explain against its matches, which travel with it: no worker holds a gallery."""
+
+    matches: tuple[GalleryMatch, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One class to explain: its index, its name where known, why it was chosen, its unmasked score."""
+    """One score to explain: that of a class, or the similarity to a match.
+
+    Attributes:
+        index: of the class; the place of the match among those of its query.
+        name: where known; of a match, its `image_id`.
+        role: why it was chosen.
+        score: unmasked.
+        distance, d0: of a match: to the unmasked query, and the scale of equation 21.
+    """
 
     index: int
     name: str | None
     role: str
     score: float
+    distance: float | None = None
+    d0: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +93,15 @@ class Done:
     seconds: float
 
 
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """What became of the images of an `EmbedTask`: each has a row of either kind."""
+
+    rows: list[GalleryRow]
+    errors: list[ErrorRow]
+    seconds: float
+
+
 @dataclass(frozen=True)
 class InspectTask:
     """Ask a worker for the `Inspection` of an image."""
@@ -73,8 +123,22 @@ class WorkTask:
         return 0 if isinstance(self.work, Conclude) else len(self.work.unit)
 
 
-Task = InspectTask | WorkTask
-Outcome = Inspection | Done | Failure
+@dataclass(frozen=True, eq=False)
+class EmbedTask:
+    """Ask a worker to embed images, which begin at a place of their chunk."""
+
+    chunk: str
+    place: int
+    refs: tuple[ImageRef, ...]
+
+    @property
+    def image(self) -> ImageRef:
+        """The first of them, for messages."""
+        return self.refs[0]
+
+
+Task = InspectTask | WorkTask | EmbedTask
+Outcome = Inspection | Done | Embedded | Failure
 
 
 @dataclass(frozen=True)
@@ -82,7 +146,7 @@ class Call:
     """Tasks that one worker does in one go.
 
     Attributes:
-        tasks: of one image.
+        tasks: of one image, or one `EmbedTask`.
         batch_size: masked images per call of the model.
         upcoming: the image that the worker is given after this one, to be read in the meantime.
     """

@@ -4,14 +4,16 @@ How far scores may move. A map is linear in the scores, so what rounding adds to
 differences. Let these be r times the scores' spread over masks (root mean squares). As far as they are
 independent of the masks, and roundings nearly are, they add r**2 to the variance of the map's sampling noise;
 what they have in common with the masks changes the map itself, by at most r of it. `TOLERANCE` is r = 0.03:
-at most 0.1 % more variance, and at the very worst 3 % of a map whose sampling noise is 10 to 25 %.
+at most 0.1 % more variance, and at the very worst 3 % of a map whose sampling noise is 10 to 25 %. Of a model
+that embeds, the scores are those that will be explained: similarities to a match.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Generic, Literal
 
 import numpy as np
 import torch
@@ -25,9 +27,8 @@ from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, Subject
 from mcrise_ray.loading import first_line
 from mcrise_ray.masks import draw
 from mcrise_ray.memory import keep_freed
-from mcrise_ray.models import Model
-from mcrise_ray.precision import Execution, Precision, adapted, apply, layout_of, network_of
-from mcrise_ray.scores import Classifier, ask
+from mcrise_ray.precision import AnyModel, Execution, Precision, adapted, apply, layout_of, network_of
+from mcrise_ray.scores import BlackBox, Classifier, ask, input_space
 from mcrise_ray.servers import ServerModel
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.timing import seconds, speed_ratio
@@ -45,6 +46,8 @@ PrecisionChoice = Literal[
 ]
 BatchSizeChoice = int | Literal["auto"]
 Step = Literal["channels_last", "bfloat16", "compiled"]
+Scored = Callable[[AnyModel, UInt8[np.ndarray, "H W 3"]], BlackBox]
+"""From a model and an image at its size to what is asked about that image while it is masked."""
 
 TOLERANCE = 0.03
 """Of the scores' differences, over their spread: root mean squares over masks and classes."""
@@ -61,29 +64,31 @@ _SHORT = 120.0  # seconds of work; compiling costs 10 to 60
 
 
 @dataclass(frozen=True)
-class Settled:
+class Settled(Generic[AnyModel]):
     """What was chosen, and the model asked so."""
 
     execution: Execution
-    model: Model
+    model: AnyModel
 
 
 def settle(
-    model: Model,
+    model: AnyModel,
     spec: ExplainSpec,
     image: UInt8[np.ndarray, "h w 3"] | None = None,
     *,
+    scored: Scored = lambda model, image: model,
     precision: PrecisionChoice = "auto",
     batch_size: BatchSizeChoice = "auto",
     masks: int | None = None,
     memory_share: float = 0.5,
-) -> Settled:
+) -> Settled[AnyModel]:
     """Choose precision and batch size. Weights are moved: use the model that is returned alone.
 
     Args:
         model: as it was loaded.
         spec: of the masks.
         image: one of the job's, of any size; where there is none yet, random colours stand in.
+        scored: whose scores are compared; those of the model itself by default.
         precision: `"float32"` changes nothing; `"auto"` tries channels_last, bfloat16 and torch.compile, each
             on top of what was kept; steps that are named are taken untried, for a batch size that is given.
         batch_size: `"auto"` tries several.
@@ -104,7 +109,7 @@ def settle(
         )
         return Settled(execution, apply(model, execution))
     keep_freed()
-    trials = _Trials(model, spec, image, masks)
+    trials = _Trials(model, spec, image, masks, scored)
     if network_of(model) is None:
         trials.notes.append("float32: the model is no torch module of ours to change")
     elif precision == "float32":
@@ -121,31 +126,38 @@ def settle(
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A model, and what is done to its network (None where that is not ours)."""
+class _Asked(Generic[AnyModel]):
+    """A model, what is asked, and what is done to its network (None where that is not ours)."""
 
-    model: Model
+    model: AnyModel
+    black_box: BlackBox
     network: nn.Module | None
     precision: Precision
 
     def scores(self, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndarray, "B C"]:
         """All scores of images in the model's own space."""
-        return ask(self.model.input_space().function, images)
+        return ask(input_space(self.black_box).function, images)
 
 
-class _Trials:
+class _Trials(Generic[AnyModel]):
     """What was kept so far, and the masked images that decide about more."""
 
     def __init__(
-        self, model: Model, spec: ExplainSpec, image: UInt8[np.ndarray, "h w 3"] | None, masks: int | None
+        self,
+        model: AnyModel,
+        spec: ExplainSpec,
+        image: UInt8[np.ndarray, "h w 3"] | None,
+        masks: int | None,
+        scored: Scored,
     ) -> None:
-        prepared = model.prepare(_random_colours() if image is None else image)
-        self._images = Subject(model, prepared, spec).blend(draw(spec, 0, _COMPARED)).clone()
-        self._spec, self._masks = spec, masks
+        self._prepared = model.prepare(_random_colours() if image is None else image)
+        self._images = Subject(model, self._prepared, spec).blend(draw(spec, 0, _COMPARED)).clone()
+        self._spec, self._masks, self._scored = spec, masks, scored
         self._at_once = _AT_ONCE[model.device.type]
         self._reference: np.ndarray | None = None  # scores in float32, once precision is tried
         self.few = masks is not None and masks < _FEW
-        self.kept = _Asked(model, network_of(model), Precision())
+        black_box = scored(model, self._prepared)
+        self.kept: _Asked[AnyModel] = _Asked(model, black_box, network_of(model), Precision())
         self.notes: list[str] = []
 
     def try_eager(self) -> None:
@@ -216,7 +228,7 @@ class _Trials:
         }
         self.kept = replace(trial, precision=trial.precision.model_copy(update=seen))
 
-    def _with(self, step: Step, batch_size: int) -> _Asked:
+    def _with(self, step: Step, batch_size: int) -> _Asked[AnyModel]:
         """What was kept, with one step more."""
         network = self.kept.network
         if network is None:
@@ -225,15 +237,16 @@ class _Trials:
             # A copy, because both are timed in turn.
             network = copy.deepcopy(network).to(memory_format=torch.channels_last)
         precision = self.kept.precision.model_copy(update={step: True})
-        return _Asked(adapted(self.kept.model, network, precision, batch_size), network, precision)
+        model = adapted(self.kept.model, network, precision, batch_size)
+        return _Asked(model, self._scored(model, self._prepared), network, precision)
 
-    def _scores(self, asked: _Asked, batch_size: int) -> Float64[np.ndarray, "N C"]:
+    def _scores(self, asked: _Asked[AnyModel], batch_size: int) -> Float64[np.ndarray, "N C"]:
         """The scores of all masked images, in whole batches."""
         count = -(-_COMPARED // batch_size) * batch_size
         batches = torch.split(self._batch(count, asked), batch_size)
         return np.concatenate([asked.scores(batch) for batch in batches])[:_COMPARED]
 
-    def _batch(self, count: int, asked: _Asked) -> Float[Tensor, "B 3 H W"]:
+    def _batch(self, count: int, asked: _Asked[AnyModel]) -> Float[Tensor, "B 3 H W"]:
         """Masked images, again and again, as the model wants them to lie in memory."""
         images = self._images[torch.arange(count, device=self._images.device) % _COMPARED]
         return images.contiguous(memory_format=layout_of(asked.precision))
@@ -255,7 +268,7 @@ def deviation(
     return float(spread), float(largest)
 
 
-def _is_remote(model: Model) -> bool:
+def _is_remote(model: AnyModel) -> bool:
     black_box = model.black_box
     return isinstance(black_box.network if isinstance(black_box, Classifier) else black_box, ServerModel)
 

@@ -16,16 +16,17 @@ import torch
 from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.engine import Event
 from mcrise_ray.errors import DeviceError, ImageError, MCRiseError
-from mcrise_ray.explainer import Subject, perform
+from mcrise_ray.explained import Explained, Prepared, load_explained
+from mcrise_ray.explainer import perform
 from mcrise_ray.faults import Fault, FaultKind
 from mcrise_ray.images import ImageRef, read_image
 from mcrise_ray.loading import ModelSpec
-from mcrise_ray.models import Model, ModelFacts, facts, load_model
+from mcrise_ray.models import ModelFacts
 from mcrise_ray.precision import Execution, apply
 from mcrise_ray.reduction import Conclude, conclude
+from mcrise_ray.reidspec import ReidSpec
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.targets import choose_targets, parse_targets
-from mcrise_ray.tasks import Call, Done, Failure, Inspection, InspectTask, Outcome, Reply, WorkTask
+from mcrise_ray.tasks import Call, Done, EmbedTask, Failure, Inspection, InspectTask, Outcome, Reply, WorkTask
 from mcrise_ray.tuning import BatchSizeChoice, PrecisionChoice, settle
 
 
@@ -34,7 +35,7 @@ class Setup:
     """What every worker of a job is given.
 
     Attributes:
-        model, spec, targets, decode: see `JobSpec`.
+        model, spec, targets, decode, reid: see `JobSpec`.
         precision, batch_size: what to choose where `execution` is not known yet.
         threads: of torch; None for its own choice.
         masks: how many one worker will score, where that is known.
@@ -50,6 +51,7 @@ class Setup:
     threads: int | None
     masks: int | None
     sample: ImageRef
+    reid: ReidSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Built:
     execution: Execution
 
 
-_SUBJECTS_KEPT = 4  # images held ready: those whose units may still come
+_PREPARED_KEPT = 4  # images held ready: those whose units may still come
 
 
 class Worker:
@@ -71,13 +73,11 @@ class Worker:
 
     def __init__(self, setup: Setup) -> None:
         self._setup, self._spec = setup, setup.spec
-        self._facts: ModelFacts | None = None
-        self._targets = parse_targets(setup.targets)
+        self._explained: Explained | None = None
         self._decode = setup.decode
         self._reader = ThreadPoolExecutor(1, "reader")
         self._ahead: dict[ImageRef, Future[np.ndarray]] = {}
-        self._model: Model
-        self._subjects: dict[ImageRef, tuple[Subject, tuple[int, int]]] = {}
+        self._prepared: dict[ImageRef, Prepared] = {}
 
     def build(self) -> None:
         """Build the model; not in the constructor, whose errors Ray turns into text.
@@ -87,8 +87,8 @@ class Worker:
         """
         if self._setup.threads is not None:
             torch.set_num_threads(self._setup.threads)
-        self._model = load_model(self._setup.model)
-        self._facts = facts(self._setup.model, self._model)
+        setup = self._setup
+        self._explained = load_explained(setup.model, setup.spec, setup.targets, setup.reid, setup.decode)
 
     def load(self, execution: Execution | None = None) -> Built:
         """Make the model ready, building it first where that has not been done.
@@ -99,23 +99,24 @@ class Worker:
         Raises:
             ModelError: it cannot be built, or not be asked so.
         """
-        if self._facts is None:
+        if self._explained is None:
             self.build()
-        setup, known = self._setup, self._facts
-        assert known is not None
+        setup, explained = self._setup, self._explained
+        assert explained is not None
         if execution is None:
             settled = settle(
-                self._model,
+                explained.model,
                 self._spec,
                 self._sample(),
+                scored=explained.scored,
                 precision=setup.precision,
                 batch_size=setup.batch_size,
                 masks=setup.masks,
             )
-            self._model, execution = settled.model, settled.execution
+            explained.model, execution = settled.model, settled.execution
         else:
-            self._model = apply(self._model, execution)
-        return Built(known, execution)
+            explained.model = apply(explained.model, execution)
+        return Built(explained.facts, execution)
 
     def _sample(self) -> np.ndarray | None:
         """The job's sample image; None where it cannot be read, which its own turn will tell."""
@@ -133,7 +134,7 @@ class Worker:
             for outcome in self._outcomes(call):
                 outcomes.append(outcome)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            self._subjects.clear()
+            self._prepared.clear()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return Reply(tuple(outcomes), Fault(FaultKind.DEVICE_MEMORY, _one_line(error)))
@@ -147,25 +148,29 @@ class Worker:
 
     def _outcomes(self, call: Call) -> Iterator[Outcome]:
         first = call.tasks[0]
-        if first.image.problem is not None:
-            yield Failure("list", first.image.problem)
-            return
+        assert self._explained is not None
         stage = "read"
         try:
+            if isinstance(first, EmbedTask):
+                yield self._explained.embed(first, call.batch_size)
+                return
+            if first.image.problem is not None:
+                yield Failure(first.image.stage, first.image.problem)
+                return
             if isinstance(first, WorkTask) and isinstance(first.work, Conclude):
                 began = time.perf_counter()
                 yield Done(conclude(self._spec, first.work), time.perf_counter() - began)
                 return
             began = time.perf_counter()
-            subject, original_size = self._subject(first.image)
+            pixels = self._pixels(first.image)
             stage = "explain"
+            prepared = self._prepare(first.image, pixels)
             if isinstance(first, InspectTask):
-                scores = subject.scores()
-                targets = choose_targets(self._targets, first.image, scores, self._model)
-                yield Inspection(targets, subject.size, time.perf_counter() - began, original_size)
+                targets, seconds = prepared.choose(), time.perf_counter() - began
+                yield Inspection(targets, prepared.subject.size, seconds, prepared.original_size)
                 return
             works = [task.work for task in call.tasks if isinstance(task, WorkTask)]
-            for _, result in perform(subject, works, first.targets, call.batch_size):
+            for _, result in perform(prepared.subject, works, first.targets, call.batch_size):
                 yield Done(result, time.perf_counter() - began)
                 began = time.perf_counter()
         except DeviceError:
@@ -173,24 +178,30 @@ class Worker:
         except MCRiseError as error:
             yield Failure(stage, str(error))
 
-    def _subject(self, image: ImageRef) -> tuple[Subject, tuple[int, int]]:
-        """An image ready to be masked, and the size it was decoded at."""
-        subject = self._subjects.pop(image, None)
-        if subject is None:
-            reading = self._read_ahead(image)
-            del self._ahead[image]
-            decoded = reading.result()
-            height, width = decoded.shape[:2]
-            subject = Subject(self._model, self._model.prepare(decoded), self._spec), (height, width)
-            while len(self._subjects) >= _SUBJECTS_KEPT:
-                del self._subjects[next(iter(self._subjects))]
-        self._subjects[image] = subject
-        return subject
+    def _pixels(self, image: ImageRef) -> np.ndarray | None:
+        """An image as it was decoded; None where it is prepared already."""
+        if image in self._prepared:
+            return None
+        reading = self._read_ahead(image)
+        del self._ahead[image]
+        return reading.result()
+
+    def _prepare(self, image: ImageRef, pixels: np.ndarray | None) -> Prepared:
+        """An image ready to be masked."""
+        if pixels is None:
+            prepared = self._prepared.pop(image)
+        else:
+            assert self._explained is not None
+            prepared = self._explained.prepare(image, pixels)
+            while len(self._prepared) >= _PREPARED_KEPT:
+                del self._prepared[next(iter(self._prepared))]
+        self._prepared[image] = prepared
+        return prepared
 
     def _read_ahead(self, image: ImageRef) -> Future[np.ndarray]:
         """Decode in the one thread that does so, while this one waits for the model."""
         if image not in self._ahead:
-            while len(self._ahead) >= _SUBJECTS_KEPT:
+            while len(self._ahead) >= _PREPARED_KEPT:
                 del self._ahead[next(iter(self._ahead))]
             self._ahead[image] = self._reader.submit(read_image, image.uri, self._decode)
         return self._ahead[image]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import people
 import pytest
 from PIL import Image
 
@@ -51,6 +52,15 @@ def test_the_demo_job_needs_nothing_but_this_repository() -> None:
     assert len(refs) == 12
     assert len(model.class_names) == model.classes == 43
     assert job.output.startswith("/tmp/")
+
+
+def test_the_reid_job_loads_and_works_anywhere() -> None:
+    job = load_job(JOBS / "market1501.yaml")
+    assert job.reid is not None
+    assert (job.kind, job.reid.matches, job.explain.p_mask) == ("reid", ("correct", "wrong"), 0.1)
+    for place in (*job.images, *job.reid.gallery, job.reid.gallery_store, job.model.weights, job.output):
+        assert place is not None
+        assert place.startswith("/mnt/mcrise/"), "nothing relative to this repository"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
@@ -99,6 +109,34 @@ def test_the_script_says_how_it_is_called() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.strip() == "usage: python explain_dataset.py JOB_FILE"
+
+
+def reid_script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    path = f"{JOBS.parent}{os.pathsep}{Path(__file__).parent}"
+    outside = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, JOBS / "explain_reid.py", *arguments],
+        env={**outside, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_reid_script_runs_a_job(tmp_path: Path) -> None:
+    job = people.job(people.make(tmp_path, people=1), tmp_path / "out", reid={"matches": "top1"})
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    done = reid_script(tmp_path / "job.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 images explained, 0 errors, 1 maps, 256 masks" in done.stdout
+
+
+def test_the_reid_script_is_for_reid_jobs(file: Path) -> None:
+    done = reid_script(file)
+    assert done.returncode == 1
+    assert f"{file}: expected a job of kind reid, found explain; see explain_dataset.py" in done.stderr
+    assert reid_script().stderr.strip() == "usage: python explain_reid.py JOB_FILE"
+    assert "error: " in reid_script("nowhere.yaml").stderr
 
 
 def test_a_job_takes_up_its_own_results_and_no_others(

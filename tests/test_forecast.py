@@ -160,7 +160,7 @@ def test_the_probe_asks_the_model_as_the_job_would(
     asked: list[dict[str, object]] = []
 
     def settled(model: Model, *_: object, **settings: object) -> Settled:
-        asked.append(settings)
+        asked.append({name: value for name, value in settings.items() if name != "scored"})
         return Settled(Execution(batch_size=32, threads=1, precision=Precision(bfloat16=True)), model)
 
     monkeypatch.setattr(forecast, "settle", settled)

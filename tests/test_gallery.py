@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mcrise_ray.embed import GalleryRow, embed, identified, read_pairs
-from mcrise_ray.embedders import Embedder, load_embedder
+from mcrise_ray import embed as embed_module
+from mcrise_ray.embed import GalleryRow, chunks, embed, identified, read_pairs
+from mcrise_ray.embedders import Embedder, embedder_facts, load_embedder
 from mcrise_ray.errors import ImageError, StoreError
 from mcrise_ray.gallery import GalleryStore
 from mcrise_ray.identity import UNKNOWN
 from mcrise_ray.images import ImageRef, ImageSource
+from mcrise_ray.loading import ModelSpec
+from mcrise_ray.models import ModelFacts
 from mcrise_ray.reid import embeddings_of
 
 SIZE = {"size": (16, 8)}
@@ -45,6 +48,10 @@ def embedder_of(scale: float = 1.0) -> Embedder:
     return load_embedder("test_gallery:grid", args={"scale": scale}, preprocessing=preprocessing)
 
 
+def facts_of(embedder: Embedder, name: str = "test_gallery:grid") -> ModelFacts:
+    return embedder_facts(ModelSpec(model=name), embedder)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
     """Seven people's images, a file that is none, and one whose embedding is NaN."""
@@ -60,14 +67,25 @@ def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
     return place
 
 
-def stored(tmp_path: Path, folder: Path, chunk: int = 3) -> GalleryStore:
-    store, embedder = GalleryStore(str(tmp_path / "gallery")), embedder_of()
-    store.begin(embedder, "test_gallery:grid")
-    refs = list(ImageSource(str(folder)))
-    for at in range(0, len(refs), chunk):
-        rows, _ = embed(embedder, refs[at : at + chunk], batch_size=2)
-        store.write(rows)
-    return store
+class Stored:
+    """A gallery of a folder in chunks of that many images at most."""
+
+    def __init__(self, place: Path, folder: Path, most: int = 3) -> None:
+        self.store, embedder = GalleryStore(str(place)), embedder_of()
+        self.store.begin(facts_of(embedder))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(embed_module, "_MOST", most)
+            listed = list(chunks(ImageSource(str(folder))))
+        self.chunks = [chunk.name for chunk in listed]
+        for chunk in listed:
+            self.store.write(chunk.name, *embed(embedder, chunk.refs, batch_size=2))
+
+    def load(self, **settings):
+        return self.store.load(self.chunks, **settings)
+
+
+def stored(tmp_path: Path, folder: Path, most: int = 3) -> Stored:
+    return Stored(tmp_path / "gallery", folder, most)
 
 
 def test_every_image_becomes_a_row_or_an_error(folder: Path) -> None:
@@ -90,96 +108,106 @@ def test_every_image_becomes_a_row_or_an_error(folder: Path) -> None:
     assert embed(embedder, [], batch_size=4) == ([], [])
 
 
-def test_a_killed_job_goes_on_where_it_was(tmp_path: Path, folder: Path) -> None:
-    embedder, location = embedder_of(), str(tmp_path / "gallery")
-    refs = list(ImageSource(str(folder)))
-    first = GalleryStore(location)
-    assert not first.exists()
-    first.begin(embedder, "grid")
-    first.write(embed(embedder, refs[:3], 3)[0])
+def test_chunks_are_what_is_committed(tmp_path: Path, folder: Path) -> None:
+    made = stored(tmp_path, folder)
     (tmp_path / "gallery" / "rows" / "half.parquet.tmp-17").write_bytes(b"PAR1")
-
-    again = GalleryStore(location)
-    assert again.exists()
-    again.begin(embedder, "grid")
-    missing = list(again.missing(refs))
-    assert [ref.image_id for ref in missing] == [ref.image_id for ref in refs[3:]]
-    assert missing[0].pid == 3
-    again.write(embed(embedder, missing, 3)[0])
-    assert [ref.image_id for ref in again.missing(refs)] == ["0003_c2s1_broken.png", "blue.png"]
-    whole = stored(tmp_path / "other", folder, chunk=100).load()
-    resumed = again.load()
-    np.testing.assert_array_equal(resumed.embeddings, whole.embeddings)
-    assert resumed.image_ids.to_pylist() == whole.image_ids.to_pylist()
+    assert made.store.present() == set(made.chunks)
+    assert [error.image_id for error in made.store.errors(made.chunks)] == [
+        "0003_c2s1_broken.png",
+        "blue.png",
+    ]
+    assert list(made.store.errors(made.chunks[:1])) == []
+    whole = stored(tmp_path / "other", folder, 100)
+    assert len(made.chunks) == 3
+    assert made.load().image_ids == whole.load().image_ids
+    np.testing.assert_allclose(made.load().embeddings, whole.load().embeddings, rtol=1e-6)
 
 
-def test_rows_written_twice_count_once(tmp_path: Path, folder: Path) -> None:
-    store, embedder = stored(tmp_path, folder), embedder_of()
-    refs = list(ImageSource(str(folder)))
+def test_a_chunk_without_rows_is_done_as_well(tmp_path: Path, folder: Path) -> None:
+    made = stored(tmp_path, folder)
+    made.store.write("none", [], list(made.store.errors(made.chunks)))
+    assert "none" in made.store.present()
+    assert len(made.store.load([*made.chunks, "none"])) == 7
+    empty = made.store.load(["none"], str(tmp_path / "none.npy"))
+    assert empty.embeddings.shape == (0, 6)
+
+
+def test_chunks_are_a_function_of_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, many in (("_LEAST", 4), ("_USUAL", 8), ("_MOST", 16)):
+        monkeypatch.setattr(embed_module, name, many)
+    refs = [ImageRef(f"{n:04d}_c1s1_1.png", f"/{n}.png") for n in range(500)]
+    whole = list(chunks(iter(refs)))
+    assert whole == list(chunks(refs))
+    assert [ref.image_id for chunk in whole for ref in chunk.refs] == [ref.image_id for ref in refs]
+    assert all(4 <= len(chunk.refs) <= 16 for chunk in whole[:-1])
+    assert whole[0].refs[3].pid == 3
+    for place in (0, 250, 500):
+        grown = list(chunks([*refs[:place], ImageRef("new", "/new.png"), *refs[place:]]))
+        changed = {chunk.name for chunk in whole} - {chunk.name for chunk in grown}
+        assert 1 <= len(changed) <= 8
+    assert next(chunks(refs[1::-1])).name != next(chunks(refs[:2])).name
+
+
+def test_a_chunk_written_twice_counts_once(tmp_path: Path, folder: Path) -> None:
+    made = stored(tmp_path, folder)
     files = sorted(path.name for path in (tmp_path / "gallery" / "rows").iterdir())
-    store.write(embed(embedder, refs[:3], 3)[0])
+    again = stored(tmp_path, folder)
     assert sorted(path.name for path in (tmp_path / "gallery" / "rows").iterdir()) == files
-    store.write(embed(embedder, refs[1:5], 3)[0])
-    assert len(store.load()) == 7
+    assert again.chunks == made.chunks
+    assert len(again.load()) == 7
 
 
 def test_the_order_is_that_of_the_names_whatever_was_written_first(tmp_path: Path) -> None:
     rows = [GalleryRow(f"{n:03d}", f"/{n}.png", n, None, np.full(6, n, np.float32)) for n in range(40)]
     backwards = GalleryStore(str(tmp_path / "b"))
-    backwards.begin(embedder_of(), "grid")
-    for at in reversed(range(0, 40, 7)):
-        backwards.write(rows[at : at + 7][::-1])
-    gallery = backwards.load()
+    backwards.begin(facts_of(embedder_of()))
+    starts = list(reversed(range(0, 40, 7)))
+    for at in starts:
+        backwards.write(str(at), rows[at : at + 7][::-1])
+    gallery = backwards.load([str(at) for at in starts])
     assert gallery.image_ids.to_pylist() == [row.image_id for row in rows]
     np.testing.assert_array_equal(gallery.embeddings[:, 0], np.arange(40))
     np.testing.assert_array_equal(gallery.identities.pids, np.arange(40))
     assert (gallery.identities.camids == UNKNOWN).all()
 
 
-def test_only_the_listed_images_belong_to_the_gallery(tmp_path: Path, folder: Path) -> None:
-    store = stored(tmp_path, folder)
-    refs = list(ImageSource(str(folder)))[2:4]
-    assert store.load(refs).image_ids.to_pylist() == [refs[0].image_id, refs[1].image_id]
-    moved = [ImageRef(ref.image_id, f"/elsewhere/{ref.image_id}") for ref in refs]
-    assert len(list(store.missing(moved))) == 2
-    with pytest.raises(StoreError, match=r"expected embeddings in .*gallery, found none of --gallery"):
-        store.load(moved)
+def test_only_the_listed_chunks_belong_to_the_gallery(tmp_path: Path, folder: Path) -> None:
+    made = stored(tmp_path, folder)
+    part = made.store.load(made.chunks[:1])
+    assert part.image_ids.to_pylist() == [ref.image_id for ref in list(ImageSource(str(folder)))[:3]]
+    with pytest.raises(StoreError, match=r"cannot read .*gallery/rows/nothing\.parquet of the gallery"):
+        made.store.load(["nothing"])
 
 
-def test_a_cache_is_shared_and_made_once(tmp_path: Path, folder: Path) -> None:
-    store = stored(tmp_path, folder)
-    cache = tmp_path / "cache"
-    first, second = store.load(cache=str(cache)), store.load(cache=str(cache))
-    assert isinstance(first.embeddings, np.memmap)
-    assert isinstance(second.embeddings, np.memmap)
-    assert len(list(cache.iterdir())) == 1
-    np.testing.assert_array_equal(first.embeddings, store.load().embeddings)
-    part = store.load(list(ImageSource(str(folder)))[:2], cache=str(cache))
-    assert (len(part), len(list(cache.iterdir()))) == (2, 2)
+def test_embeddings_may_be_a_memory_map(tmp_path: Path, folder: Path) -> None:
+    made = stored(tmp_path, folder)
+    mapped = made.load(memory_map=str(tmp_path / "embeddings.npy"))
+    assert isinstance(mapped.embeddings, np.memmap)
+    np.testing.assert_array_equal(mapped.embeddings, made.load().embeddings)
+    with pytest.raises(StoreError, match=r"cannot write embeddings to .*no/where.npy: .*; set TMPDIR"):
+        made.load(memory_map=str(tmp_path / "no" / "where.npy"))
 
 
 def test_another_model_or_preprocessing_is_refused(tmp_path: Path, folder: Path) -> None:
-    store = stored(tmp_path, folder)
-    store.begin(embedder_of(), "the same weights under another name")
+    store = stored(tmp_path, folder).store
+    store.begin(facts_of(embedder_of(), "m:the_same_weights_under_another_name"))
     with pytest.raises(
-        StoreError, match=r"expected a gallery embedded by grid2, found one by test_gallery:grid"
+        StoreError, match=r"expected a gallery embedded by m:grid2, found one by test_gallery:grid"
     ):
-        store.begin(embedder_of(2.0), "grid2")
+        store.begin(facts_of(embedder_of(2.0), "m:grid2"))
     other = load_embedder("test_gallery:grid", preprocessing={"size": (24, 8), "input_range": "0-1"})
     with pytest.raises(
         StoreError, match=r"expected a gallery embedded with size \[24, 8\], found \[16, 8\] in"
     ):
-        store.begin(other, "grid")
+        store.begin(facts_of(other))
 
 
 def test_images_are_found_by_name_and_by_place(tmp_path: Path, folder: Path, monkeypatch) -> None:
     gallery = stored(tmp_path, folder).load()
     name = gallery.image_ids[4].as_py()
-    assert gallery.find([name, str(folder / name)]) == [4, 4]
+    np.testing.assert_array_equal(gallery.find([name, str(folder / name), "x.png"]), [4, 4, -1])
     monkeypatch.chdir(folder)
     np.testing.assert_array_equal(gallery.own([name, "elsewhere.png", f"file://{folder / name}"]), [4, -1, 4])
-    with pytest.raises(ImageError, match=r"expected an image of --gallery, found 'x.png'; check --pairs"):
-        gallery.find([name, "x.png"])
 
 
 def test_any_tool_reads_the_rows(tmp_path: Path, folder: Path) -> None:
@@ -197,11 +225,11 @@ def test_any_tool_reads_the_rows(tmp_path: Path, folder: Path) -> None:
 
 
 def test_a_damaged_file_is_named(tmp_path: Path, folder: Path) -> None:
-    store = stored(tmp_path, folder)
+    made = stored(tmp_path, folder)
     victim = next((tmp_path / "gallery" / "rows").iterdir())
     victim.write_bytes(victim.read_bytes()[:100])
     with pytest.raises(StoreError, match=f"cannot read .*{victim.name} of the gallery"):
-        store.load()
+        made.load()
 
 
 def test_manifests_carry_people_and_cameras(tmp_path: Path) -> None:

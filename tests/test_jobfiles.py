@@ -75,8 +75,10 @@ def test_the_example_names_and_explains_every_key() -> None:
         inside = values
         for section in sections:
             inside = inside[section]
-        if sections[-1:] in (["preprocessing"], ["actors"]):
+        if sections[-1:] in (["preprocessing"], ["actors"], ["reid"]):
             assert f"#   {name}: " in example_job()
+        elif key == "explain.p_mask":
+            assert "  # p_mask: 0.5\n" in example_job()
         else:
             assert name in inside, key
     lines = example_job().splitlines()
@@ -259,3 +261,54 @@ def test_what_a_job_may_use_does_not_change_what_it_is() -> None:
     job = parse_job({**SMALL, **asked})
     assert (job.actors, job.gpus_per_actor) == (4, 0.5)
     assert job.hash == parse_job(SMALL).hash
+
+
+REID = {**SMALL, "kind": "reid", "reid": {"gallery": "crops"}}
+
+
+def test_a_reid_job_from_a_file(tmp_path: Path) -> None:
+    values = {
+        **REID,
+        "reid": {"gallery": ["crops", "s3://b/more"], "pairs": "p.csv", "matches": "top3+named", "d0": 4},
+        "explain": {"masks": 100},
+    }
+    job = load_job(write(tmp_path, yaml.safe_dump(values)))
+    assert job.reid is not None
+    assert job.reid.gallery == (str(tmp_path / "crops"), "s3://b/more")
+    assert (job.reid.pairs, job.reid.matches) == (str(tmp_path / "p.csv"), ("top3", "named"))
+    assert (job.explain.p_mask, job.explain.masks) == (0.1, 100)
+    assert parse_job(json.loads(job.model_dump_json()), tmp_path) == job
+    assert parse_job({**REID, "explain": {"p_mask": 0.4}}).explain.p_mask == 0.4
+    stored = parse_job({**REID, "reid": {"gallery": "g", "gallery_store": "store"}}, "/data").reid
+    assert stored is not None
+    assert (stored.gallery, stored.gallery_store) == (("/data/g",), "/data/store")
+
+
+def test_the_example_becomes_a_reid_job(tmp_path: Path) -> None:
+    """By uncommenting its section and saying the kind."""
+    head, tail = example_job().split("reid: null\n")
+    section, rest = tail.split("\n\n", 1)
+    lines = [line.removeprefix("# ") for line in section.splitlines()]
+    text = "\n".join([head.replace('kind: "explain"', "kind: reid"), "reid:", *lines, "", rest])
+    job = load_job(write(tmp_path, text))
+    assert job.reid is not None
+    assert job.reid.gallery == (str(tmp_path / "gallery"),)
+    assert job.explain.p_mask == 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reid": {"galery": "g"}}, r"unknown key reid\.galery; did you mean reid\.gallery$"),
+        ({"gallery": "g"}, r"unknown key gallery; did you mean reid\.gallery$"),
+        ({"reid": {"matches": "top1"}}, r"^reid\.gallery: Field required"),
+        ({"reid": {"gallery": "g", "matches": "best"}}, r"^reid\.matches: expected matches top1, topN"),
+        ({"reid": {"gallery": "g", "d0": -1}}, r"^reid\.d0: Input should be greater than 0, found -1"),
+        ({"reid": "gallery"}, r"^reid: Input should be a valid dictionary or instance of ReidSpec"),
+        ({"targets": "top5"}, r"^targets: expected none for kind reid, .* say reid\.matches"),
+        ({"kind": "match"}, r"^kind: Input should be 'explain' or 'reid', found 'match'"),
+    ],
+)
+def test_mistakes_in_a_reid_job_are_named(change: dict, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse_job({**REID, **change})

@@ -1,0 +1,226 @@
+"""What a ReID job does beside explaining: gallery and queries are embedded, and each query gets its matches.
+
+OUT/gallery   the gallery's embeddings, or wherever the job says
+OUT/queries   those of the queries, stored alike
+
+Axes: Q queries; N gallery images; D dimensions of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from jaxtyping import Int64
+
+from mcrise_ray import files
+from mcrise_ray.dispatch import Ledger
+from mcrise_ray.embed import Chunk, chunks, read_pairs
+from mcrise_ray.embedding import Commit, EmbeddingLedger
+from mcrise_ray.errors import StoreError, TargetError
+from mcrise_ray.gallery import Gallery, GalleryStore
+from mcrise_ray.identity import UNKNOWN, Identities, Protocol, Retrieval, retrieval
+from mcrise_ray.images import ImageRef, ImageSource
+from mcrise_ray.jobspec import JobSpec
+from mcrise_ray.matching import Match, correct_ranks, find_matches
+from mcrise_ray.models import ModelFacts
+from mcrise_ray.reidspec import ReidSpec
+from mcrise_ray.store import Committed
+from mcrise_ray.tasks import GalleryMatch, Query, Saved
+
+_QUERIES = 256  # that are matched in one pass over the gallery
+
+GALLERY = "gallery"
+"""The stage of error rows of gallery images, and what their `image_id` begins with, before a colon."""
+
+
+@dataclass
+class _Side:
+    """Gallery or queries: where its images come from, where their embeddings go, and its chunks."""
+
+    source: ImageSource
+    store: GalleryStore
+    chunks: dict[str, None]
+
+    def missing(self) -> Iterator[tuple[Chunk, Commit]]:
+        """List all chunks, and give those that are not committed."""
+        present = self.store.present()
+        for chunk in chunks(self.source):
+            self.chunks[chunk.name] = None
+            if chunk.name not in present:
+                yield chunk, partial(self.store.write, chunk.name)
+
+
+class ReidJob:
+    """One run of a ReID job.
+
+    Args:
+        job: of kind `reid`.
+        committed: what earlier runs have finished.
+        note: told how far the embedding is.
+
+    Raises:
+        ImageError: a source, or the list of pairs, cannot be read.
+    """
+
+    def __init__(self, job: JobSpec, committed: Committed, note: Callable[[str], None]) -> None:
+        assert job.reid is not None
+        self._job, self._reid = job, job.reid
+        self._committed = committed
+        self._note = note
+        self._pairs = {} if job.reid.pairs is None else read_pairs(job.reid.pairs)
+        place = job.reid.gallery_store or files.join(job.output, "gallery")
+        self._gallery = _Side(ImageSource(job.reid.gallery), GalleryStore(place), {})
+        self._queries = _Side(ImageSource(job.images), GalleryStore(files.join(job.output, "queries")), {})
+        self._cache: TemporaryDirectory[str] | None = None
+        self._matcher = ThreadPoolExecutor(1, "matcher")
+        self._ranks: list[Int64[np.ndarray, " n"]] = []
+        self._ledger: EmbeddingLedger | None = None
+
+    def ledger(self, saved: Callable[[str], Saved | None]) -> EmbeddingLedger:
+        """Of all that is to be done; see `Ledger` for what is saved."""
+        missing = chain(self._queries.missing(), self._gallery.missing())
+        self._ledger = EmbeddingLedger(missing, lambda size: self._explain(size, saved), self._note)
+        return self._ledger
+
+    def begin(self, facts: ModelFacts) -> None:
+        """The model is built.
+
+        Raises:
+            StoreError: embeddings that are there come from another one.
+        """
+        for side in (self._queries, self._gallery):
+            side.store.begin(facts)
+
+    @property
+    def retrieval(self) -> Retrieval | None:
+        """How well the queries so far were matched; None where nobody is known."""
+        return retrieval(self._ranks)
+
+    def close(self) -> None:
+        """Leave nothing behind that works or takes space."""
+        if self._ledger is not None:
+            self._ledger.close()
+        self._matcher.shutdown(cancel_futures=True)
+        if self._cache is not None:
+            self._cache.cleanup()
+
+    def _explain(self, batch_size: int, saved: Callable[[str], Saved | None]) -> Ledger:
+        return Ledger(self._images(), self._job.explain, batch_size, saved)
+
+    def _images(self) -> Iterator[ImageRef]:
+        """Whatever is to end in a row: images that could not be embedded, then the queries."""
+        yield from (ref for ref in self._unembedded() if ref.image_id not in self._committed)
+        self._cache = TemporaryDirectory(prefix="mcrise-", ignore_cleanup_errors=True)
+        queries, gallery = (
+            side.store.load(side.chunks, str(Path(self._cache.name) / name))
+            for name, side in (("queries.npy", self._queries), ("gallery.npy", self._gallery))
+        )
+        if not len(gallery):
+            raise StoreError(f"expected gallery images that can be embedded, found none: {self._shown()}")
+        if not len(queries):
+            return
+        matcher = _Matcher(self._reid, self._committed, self._pairs, queries, gallery)
+        starts = range(0, len(queries), _QUERIES)
+        # The next block is matched while this one is explained.
+        ahead = self._matcher.submit(matcher.block, starts[0])
+        for following in (*starts[1:], None):
+            images, ranks = ahead.result()
+            if following is not None:
+                ahead = self._matcher.submit(matcher.block, following)
+            self._ranks += ranks
+            yield from images
+
+    def _shown(self) -> str:
+        return ", ".join(map(files.shown, self._reid.gallery))
+
+    def _unembedded(self) -> Iterator[ImageRef]:
+        for error in self._queries.store.errors(self._queries.chunks):
+            yield ImageRef(error.image_id, error.uri, problem=error.error, stage=error.stage)
+        for error in self._gallery.store.errors(self._gallery.chunks):
+            yield ImageRef(f"{GALLERY}:{error.image_id}", error.uri, problem=error.error, stage=GALLERY)
+
+
+class _Matcher:
+    """Finds the matches of queries, block by block."""
+
+    def __init__(
+        self,
+        reid: ReidSpec,
+        committed: Committed,
+        pairs: dict[str, list[str]],
+        queries: Gallery,
+        gallery: Gallery,
+    ) -> None:
+        self._reid, self._committed, self._pairs = reid, committed, pairs
+        self._queries, self._gallery = queries, gallery
+
+    def block(self, start: int) -> tuple[list[ImageRef], list[Int64[np.ndarray, " n"]]]:
+        """Some queries that are not committed with their matches; and the ranks of right ones for all."""
+        block = slice(start, start + _QUERIES)
+        embeddings, who = self._queries.embeddings[block], self._queries.identities
+        refs = [
+            ImageRef(image_id, uri, pid=_known(pid), camid=_known(camid))
+            for image_id, uri, pid, camid in zip(
+                self._queries.image_ids[block].to_pylist(),
+                self._queries.uris[block].to_pylist(),
+                who.pids[block],
+                who.camids[block],
+                strict=True,
+            )
+        ]
+        own = self._gallery.own([ref.uri for ref in refs])
+        identities = Identities(who.pids[block], who.camids[block])
+        protocol = Protocol(identities, self._gallery.identities, own)
+        kind, everyone = self._reid.distance, self._gallery.embeddings
+        ranks: list[Int64[np.ndarray, " n"]] = []
+        if any(map(protocol.is_known, range(len(refs)))):
+            ranks = correct_ranks(embeddings, everyone, protocol, kind)
+        images: list[ImageRef] = []
+        if any(ref.image_id not in self._committed for ref in refs):
+            named = [self._named(ref) for ref in refs]
+            places = [[] if isinstance(found, TargetError) else found for found in named]
+            matched = find_matches(embeddings, everyone, protocol, self._reid.matches, places, kind)
+            for ref, names, matches in zip(refs, named, matched, strict=True):
+                if ref.image_id not in self._committed:
+                    images.append(self._query(ref, names if isinstance(names, TargetError) else matches))
+        return images, ranks
+
+    def _named(self, ref: ImageRef) -> list[int] | TargetError:
+        """The places of the matches that the list of pairs names for a query."""
+        names = self._pairs.get(ref.image_id) or self._pairs.get(ref.uri) or []
+        if not names:
+            return []
+        places: list[int] = self._gallery.find(names).tolist()
+        if -1 in places:
+            missing = names[places.index(-1)]
+            return TargetError(f"expected an image of --gallery, found {missing!r}; check --pairs")
+        return places
+
+    def _query(self, ref: ImageRef, matches: Sequence[Match] | TargetError) -> ImageRef:
+        if isinstance(matches, TargetError):
+            return replace(ref, problem=f"{ref.uri}: {matches}", stage="match")
+        gallery = self._gallery
+        found = tuple(
+            GalleryMatch(
+                image_id=gallery.image_ids[match.place].as_py(),
+                uri=gallery.uris[match.place].as_py(),
+                pid=_known(gallery.identities.pids[match.place]),
+                camid=_known(gallery.identities.camids[match.place]),
+                role=match.role,
+                rank=match.rank,
+                embedding=np.array(gallery.embeddings[match.place]),
+            )
+            for match in matches
+        )
+        return Query(ref.image_id, ref.uri, pid=ref.pid, camid=ref.camid, matches=found)
+
+
+def _known(identity: np.integer) -> int | None:
+    return None if identity == UNKNOWN else int(identity)
