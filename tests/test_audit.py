@@ -21,7 +21,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 IMAGES, MASKS = 100, 256
 
 pytestmark = [
-    pytest.mark.slow,  # 10 min on two cores
+    pytest.mark.slow,  # 16 min on two busy cores
     pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared"),
 ]
 
