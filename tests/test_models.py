@@ -458,7 +458,7 @@ def test_command_line_says_the_whole_record(monkeypatch: pytest.MonkeyPatch) -> 
     from mcrise_ray import cli
 
     jobs = []
-    monkeypatch.setattr(cli, "_run_and_report", lambda job, **_: jobs.append(job))
+    monkeypatch.setattr(cli, "_run_and_report", lambda job, *_: jobs.append(job))
     said = {
         "size": "96x64",
         "resize": "crop",

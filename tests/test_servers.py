@@ -224,7 +224,7 @@ def test_patience_has_an_end(script: Script) -> None:
 
 
 def test_a_silent_server_is_a_time_out(script: Script) -> None:
-    model, pauses = connect(script, "?timeout=0.05&retries=1")
+    model, pauses = connect(script, "?timeout=0.5&retries=1")
     over = threading.Event()
 
     def silent() -> Reply:
@@ -233,7 +233,7 @@ def test_a_silent_server_is_a_time_out(script: Script) -> None:
 
     script.faults = [silent] * 2
     try:
-        with pytest.raises(ModelError, match=r"no answer within 0.05 s; raise \?timeout= .*; tried 2 times"):
+        with pytest.raises(ModelError, match=r"no answer within 0.5 s; raise \?timeout= .*; tried 2 times"):
             model(noise(1))
     finally:
         over.set()
