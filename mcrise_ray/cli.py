@@ -11,7 +11,7 @@ import typer
 from mcrise_ray import cli_options as option
 from mcrise_ray.arguments import actor_count, key_value, one_line_errors, pair, triple
 from mcrise_ray.benchcli import bench
-from mcrise_ray.cli_jobs import Insecure, cluster_app, job_app
+from mcrise_ray.cli_jobs import cluster_app, job_app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +77,7 @@ def run(
     ] = None,
     overwrite: option.Overwrite = False,
     log: option.Log = "plain",
-    insecure: Insecure = False,
+    insecure: option.Insecure = False,
 ) -> None:
     """Run a job file on this machine, or as part of a running Ray; see `submit` for clusters elsewhere."""
     with one_line_errors():
@@ -119,24 +119,28 @@ def demo(
 def _run_on_ray(
     options: option.JobOptions | option.ReidOptions, ray: option.RayOptions, **settings: Any
 ) -> None:
-    of_actors = {name: value for name, value in vars(ray).items() if name != "address"}
-    _run(options, address=ray.address, **{**of_actors, **settings})
+    _run(options, **{**vars(ray), **settings})
 
 
 def _run(
     options: option.JobOptions | option.ReidOptions,
     actors: str | int,
     address: str | None = None,
+    insecure: bool = False,
     **settings: Any,
 ) -> None:
     """Run the job that the options mean; `settings` are those of its actors, and of its kind."""
     with one_line_errors():
         from mcrise_ray.errors import SpecError
+        from mcrise_ray.jobfiles import parse_job
 
         if options.overwrite and options.resume:
             raise SpecError("expected --overwrite or --resume, found both; one removes what the other needs")
         settings["actors"] = actor_count(actors) if isinstance(actors, str) else actors
-        _run_and_report(_job_spec(options, settings), options.log, options.overwrite, address)
+        job = _job_spec(options, settings)
+        if address is not None:  # actors of a cluster work in folders of their own
+            job = parse_job(job.model_dump(mode="json"))
+        _run_and_report(job, options.log, options.overwrite, address, insecure)
 
 
 def _job_spec(options: option.JobOptions | option.ReidOptions, settings: dict[str, Any]) -> JobSpec:

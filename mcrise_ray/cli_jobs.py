@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcrise_ray.arguments import one_line_errors
-from mcrise_ray.cli_options import Log
+from mcrise_ray.cli_options import Insecure, Log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,9 +31,6 @@ Address = Annotated[
         help="The cluster's dashboard.  [env: RAY_API_SERVER_ADDRESS; default: http://127.0.0.1:8265]",
         show_default=False,
     ),
-]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Go to another machine without a token, or with one in the clear.")
 ]
 Submission = Annotated[
     str, typer.Argument(metavar="ID|FILE", help="Of a submission, or the job that was submitted.")
@@ -130,7 +127,8 @@ def submit(
             again=again,
             insecure=insecure,
         )
-        print(f"{submitted.id} writes to {submitted.output}")
+        before = "" if submitted.is_new else f", submitted before: {submitted.status().state}"
+        print(f"{submitted.id} writes to {submitted.output}{before}")
         if not follow:
             print(f"next: mcrise status {submitted.id}, or logs --follow, or stop")
             return

@@ -107,7 +107,9 @@ BatchSize = Annotated[str, typer.Option(help="Masked images per call of the mode
 PrecisionName = Annotated[
     str,
     typer.Option(
-        "--precision", help="auto: the fastest way to ask the model that keeps its scores; or float32."
+        "--precision",
+        help="auto: the fastest way to ask the model that keeps its scores; float32; or what was found "
+        "before, such as channels_last+bfloat16.",
     ),
 ]
 AllowTruncated = Annotated[
@@ -195,6 +197,9 @@ Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster to run on; auto for one on this machine.  [default: start one]"),
 ]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Go to another machine without a token, or with one in the clear.")
+]
 Deadline = Annotated[
     float, typer.Option(help="Seconds until a call counts as stalled; more where units are slow.")
 ]
@@ -272,6 +277,7 @@ class RayOptions:
     cpus_per_actor: CpusPerActor = 1
     gpus_per_actor: GpusPerActor = None
     address: Address = None
+    insecure: Insecure = False
     deadline: Deadline = 60.0
     max_retries: MaxRetries = 3
 

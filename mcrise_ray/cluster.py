@@ -35,6 +35,7 @@ from mcrise_ray.tasks import Call
 from mcrise_ray.worker import Built, Setup, Worker
 
 _LOOK_AT_CLUSTER_EVERY = 2.0  # seconds
+_BESIDE = "beside"  # name of the thread beside the one that asks the model
 _GROW_AFTER = 30.0  # seconds of work with what is there: shorter jobs are done before a machine has come
 _KINDS = {
     FaultKind.UNAVAILABLE: ActorUnavailableError,
@@ -156,8 +157,8 @@ class RayExecutor:
     Futures put what comes back into one queue, so that a turn of the loop costs the same for 2 actors and for
     1,000 (`ray.wait` looks at all its references each time).
 
-    The first actor chooses how the model is asked, unless that is known; the others start meanwhile, and
-    build theirs when it has chosen.
+    The first actor that is there chooses how the model is asked, unless that is known; the others build
+    theirs meanwhile. It need not be the first that was asked for: that one may wait for a machine.
 
     Args:
         job: how many actors, with what each.
@@ -177,14 +178,16 @@ class RayExecutor:
             num_gpus=gpus,
             max_restarts=0,
             max_task_retries=0,
+            concurrency_groups={_BESIDE: 1},
             **({"label_selector": job.label_selector} if job.label_selector else {}),
         )(Worker)
         self._handles: dict[int, ActorHandle] = {}
-        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._events: SimpleQueue[Event | int] = SimpleQueue()  # a number: this actor has begun
         self._may_grow = may_grow
         self._fitting, self._fitting_since, self._looked = 0, 0.0, -math.inf
         self._choosing: int | None = None  # the actor that does
         self._held: list[int] = []  # actors that wait for it
+        self._begun: set[int] = set()
 
     def now(self) -> float:
         """See `Executor`."""
@@ -218,17 +221,21 @@ class RayExecutor:
     def start(self, actor: int) -> None:
         """See `Executor`."""
         handle = self._handles[actor] = self._class.remote(self._setup)
-        handle.build.remote()  # while the choice is awaited; what goes wrong here goes wrong in `load` again
+        # While the choice is awaited; what goes wrong here goes wrong in `load` again.
+        handle.build.remote().future().add_done_callback(lambda _: self._events.put(actor))
         self._held.append(actor)
         self._load_held()
 
     def submit(self, actor: int, call: Call) -> None:
         """See `Executor`."""
-        self._watch(actor, call, self._handles[actor].do.remote(call))
+        # What asks for no model runs in a thread of its own, so that a GPU does not wait for it.
+        group = {"concurrency_group": _BESIDE} if call.concludes else {}
+        self._watch(actor, call, self._handles[actor].do.options(**group).remote(call))
 
     def end(self, actor: int) -> None:
         """See `Executor`."""
         ray.kill(self._handles.pop(actor))
+        self._begun.discard(actor)
         if actor in self._held:
             self._held.remove(actor)
         if actor == self._choosing:
@@ -237,25 +244,29 @@ class RayExecutor:
 
     def wait(self, seconds: float) -> list[Event]:
         """See `Executor`."""
-        events = []
+        came: list[Event | int] = []
         try:
-            events.append(self._events.get(timeout=seconds))
+            came.append(self._events.get(timeout=seconds))
             while True:
-                events.append(self._events.get_nowait())
+                came.append(self._events.get_nowait())
         except Empty:
             pass  # all there are
+        self._begun |= {actor for actor in came if isinstance(actor, int)} & self._handles.keys()
+        events = [event for event in came if isinstance(event, Event)]
         for event in events:
             if self._execution is None and isinstance(event.outcome, Built):
                 self._execution = event.outcome.execution
-                self._load_held()
+        self._load_held()
         return events
 
     def _load_held(self) -> None:
-        """Let actors build their model: one while nothing is chosen, all of them then."""
-        while self._held and (self._execution is not None or self._choosing is None):
-            actor = self._held.pop(0)
+        """Let actors make their model ready: one that has begun while nothing is chosen, all of them then."""
+        for actor in list(self._held):
             if self._execution is None:
+                if self._choosing is not None or actor not in self._begun:
+                    continue
                 self._choosing = actor
+            self._held.remove(actor)
             self._watch(actor, None, self._handles[actor].load.remote(self._execution))
 
     def shortage(self) -> str:

@@ -8,11 +8,13 @@ law).
 A worker stays with one image while that has units to hand out, because every worker has to decode an image
 before its first unit; it takes the next image of the list after that, and helps with the oldest unfinished
 image when the list has ended. So images finish roughly in the order given, and one image with very many units
-keeps all workers busy.
+keeps all workers busy. The next image is read during the last call but one of the current image and inspected
+before the last, so that its units can follow without a pause.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import numpy as np
 
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE
 from mcrise_ray.images import ImageRef
-from mcrise_ray.plan import unit
+from mcrise_ray.plan import unit, unit_count
 from mcrise_ray.reduction import Reduction, State
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.tasks import (
@@ -40,7 +42,7 @@ from mcrise_ray.tasks import (
     WorkTask,
 )
 
-_SECONDS_PER_CALL = 0.1  # quicker units share a call, beside which its cost is small
+_SECONDS_PER_CALL = 0.1  # that a call lasts at least: beside it the millisecond that it costs is small
 _UNITS_PER_CALL = 32
 _NEWEST = 0.2  # weight of the newest unit in the average pace
 _EARLY_BYTES = 2**30  # sums of one image that may wait for a missing one
@@ -82,12 +84,13 @@ class Ledger:
         self._spec = spec
         self._saved = saved
         self._seconds_per_mask = 0.0
-        self._at_work_on: dict[int, ImageRef | None] = {}  # by worker
+        self._at_work_on: dict[int, ImageRef] = {}  # by worker
+        self._next: dict[int, ImageRef] = {}  # by worker: being inspected, or ready for it
         self._inspecting: dict[ImageRef, int] = {}  # and the worker that does
         self._inspectors: set[int] = set()
         self._open: dict[ImageRef, _Progress] = {}
         self._available: OrderedDict[ImageRef, _Progress] = OrderedDict()  # open, with units to hand out
-        self._reserved: dict[int, ImageRef] = {}  # by worker: its next
+        self._reserved: dict[int, ImageRef] = {}  # by worker: read ahead
         self._given_back: deque[ImageRef] = deque()  # reserved by workers that ended
         self._ownerless: OrderedDict[ImageRef, None] = OrderedDict()  # perhaps available, and nobody's own
         self._again: deque[Call] = deque()
@@ -120,18 +123,21 @@ class Ledger:
             call = self._again.popleft()
             if call.tasks[0].image in self._inspecting or call.tasks[0].image in self._open:
                 return call
-        if self._at_work_on.get(worker) not in self._available:
-            if worker in self._inspectors:
-                return None
-            task = self._give_image(worker)
+        image = self._turn_to(worker)
+        if worker not in self._next and (image is None or self._left(image) <= self._units_per_call):
+            task = self._take_next(worker)
             if task is not None:
-                return Call((task,), self.batch_size)
-        image = self._at_work_on.get(worker)
-        if image is None or image not in self._available:
+                short = unit_count(self._spec) <= self._units_per_call
+                return Call((task,), self.batch_size, self._reserve(worker) if short else None)
+            image = image or self._turn_to(worker)
+        if image is None and worker not in self._inspectors:
+            image = next(iter(self._available), None)
+        if image is None:
             return None
+        self._at_work_on[worker] = image
         tasks = self._work_of(image)
-        upcoming = None if image in self._available else self._reserve(worker)
-        return Call(tasks, self.batch_size, upcoming)
+        soon = worker not in self._next and self._left(image) <= self._units_per_call
+        return Call(tasks, self.batch_size, self._reserve(worker) if soon else None)
 
     def returned(self, call: Call, outcomes: Iterable[Outcome]) -> list[Ended]:
         """Take in what became of a call; whatever concerns an image that ended meanwhile is dropped."""
@@ -173,9 +179,10 @@ class Ledger:
 
     def forget(self, worker: int) -> None:
         """A worker has ended; its calls are requeued by whoever knows them."""
-        image = self._at_work_on.pop(worker, None)
-        if image is not None:
-            self._ownerless[image] = None
+        for owned in (self._at_work_on, self._next):
+            image = owned.pop(worker, None)
+            if image is not None:
+                self._ownerless[image] = None
         reserved = self._reserved.pop(worker, None)
         if reserved is not None:
             self._given_back.append(reserved)
@@ -188,26 +195,45 @@ class Ledger:
             if not state.is_empty:
                 yield image, Saved(progress.inspection, state, progress.seconds)
 
-    def _give_image(self, worker: int) -> InspectTask | None:
-        """Let a worker begin with another image: nobody's, the next of the list, or the oldest unfinished."""
-        while self._ownerless:
+    @property
+    def _units_per_call(self) -> int:
+        unit_seconds = self.seconds_per_unit
+        wanted = math.ceil(_SECONDS_PER_CALL / unit_seconds) if unit_seconds else 1
+        return min(max(wanted, 1), _UNITS_PER_CALL)
+
+    def _left(self, image: ImageRef) -> int:
+        """Units that an image has to hand out now."""
+        progress = self._available.get(image)
+        return 0 if progress is None else progress.reduction.left
+
+    def _turn_to(self, worker: int) -> ImageRef | None:
+        """The image that a worker goes on with: its own while that has units, nobody's, the next that is its
+        own; None where none of these has any.
+        """
+        image = self._at_work_on.get(worker)
+        while image not in self._available and self._ownerless:
             image, _ = self._ownerless.popitem(last=False)
-            if image in self._available:
-                self._at_work_on[worker] = image
-                return None
-        listed = self._reserved.pop(worker, None) or self._next_listed()
-        if listed is None and not self._available and self._reserved:
-            listed = self._reserved.pop(next(iter(self._reserved)))  # better now than when its turn comes
-        if listed is None:
-            self._at_work_on[worker] = next(iter(self._available), None)
+        if image not in self._available and self._next.get(worker) not in self._inspecting:
+            image = self._next.pop(worker, None)
+        if image is None or image not in self._available:
             return None
-        self._at_work_on[worker] = listed
-        saved = self._saved(listed.image_id)
+        self._at_work_on[worker] = image
+        return image
+
+    def _take_next(self, worker: int) -> InspectTask | None:
+        """Give a worker another image of the list, to inspect where that has not been done."""
+        image = self._reserved.pop(worker, None) or self._next_listed()
+        if image is None and not self._available and self._reserved:
+            image = self._reserved.pop(next(iter(self._reserved)))  # better now than when its turn comes
+        if image is None:
+            return None
+        self._next[worker] = image
+        saved = self._saved(image.image_id)
         if saved is None:
-            self._inspecting[listed] = worker
+            self._inspecting[image] = worker
             self._inspectors.add(worker)
-            return InspectTask(listed)
-        self._begin(listed, saved.inspection, saved.seconds, saved.state)
+            return InspectTask(image)
+        self._begin(image, saved.inspection, saved.seconds, saved.state)
         return None
 
     def _next_listed(self) -> ImageRef | None:
@@ -237,11 +263,10 @@ class Ledger:
     def _work_of(self, image: ImageRef) -> tuple[WorkTask, ...]:
         """The next units of an image, as many as make a call worth its cost."""
         progress = self._available[image]
-        unit_seconds = self.seconds_per_unit
-        count = int(_SECONDS_PER_CALL / unit_seconds) if unit_seconds else 1
+        count = self._units_per_call
         targets = tuple(target.index for target in progress.inspection.targets)
         tasks: list[WorkTask] = []
-        while len(tasks) < min(max(count, 1), _UNITS_PER_CALL) and not progress.reduction.concludes:
+        while len(tasks) < count and not progress.reduction.concludes:
             work = progress.reduction.next_work()
             if work is None:
                 break
@@ -271,10 +296,13 @@ class Ledger:
         if worker is None:
             return None
         self._inspectors.discard(worker)
-        if self._at_work_on.get(worker) != image:
-            self._ownerless[image] = None
+        mine = self._next.get(worker) == image
         if isinstance(outcome, Failure):
+            if mine:
+                del self._next[worker]
             return Failed(image, outcome)
+        if not mine:
+            self._ownerless[image] = None
         assert isinstance(outcome, Inspection)
         self._begin(image, outcome, outcome.seconds)
         return None

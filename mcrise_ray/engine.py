@@ -16,6 +16,7 @@ from mcrise_ray.faults import ACTOR_GONE, Decision, Fault, FaultKind, History, T
 from mcrise_ray.tasks import Call, Ended, Failure, InspectTask, Reply
 
 _SHORT_CALL = 0.5  # seconds; an actor holds a second call in its queue only while calls are that short
+_WITHOUT_MASKS = 2  # calls that an actor holds beside those with masks
 _FIRST = 15  # times the deadline: how long an actor's first masks may take
 _SLOW = 10  # times the slowest pace seen: then a call counts as stalled
 _HALVINGS_TO_LEARN = 3  # calls that ran out of memory before all calls get half the batch
@@ -137,7 +138,7 @@ class Tally:
 @dataclass
 class _Actor:
     number: int
-    calls: deque[Call] = field(default_factory=deque)  # in the order they run
+    calls: deque[Call] = field(default_factory=deque)  # in the order they run, or beside each other
     built: bool = False
     finished: int = 0
     scored: bool = False  # any masks
@@ -199,7 +200,7 @@ class Engine:
         while self._hungry and self._ledger.has_work:
             number = self._hungry.popleft()
             actor = self._actors.get(number)
-            if actor is None or len(actor.calls) >= self._room():
+            if actor is None or not self._has_room(actor):
                 continue
             call = self._ledger.next_call(number)
             if call is not None:
@@ -207,15 +208,18 @@ class Engine:
                     actor.since = self._executor.now()
                 actor.calls.append(call)
                 self._executor.submit(number, call)
-                if len(actor.calls) < self._room():
-                    self._hungry.append(number)
+                self._hungry.append(number)
             elif not actor.calls:
                 self._hungry.appendleft(number)
                 return  # what is left waits for others: nobody idle could be given anything
 
-    def _room(self) -> int:
-        """Calls in flight per actor: the second waits where the first is quick, or the actor would idle."""
-        return 2 if 0 < self._ledger.seconds_per_unit <= _SHORT_CALL else 1
+    def _has_room(self, actor: _Actor) -> bool:
+        """Whether an actor may hold another call: a second one of units waits where the first is quick, or
+        the actor would idle; what asks for no masks takes no time to speak of.
+        """
+        room = 2 if 0 < self._ledger.seconds_per_unit <= _SHORT_CALL else 1
+        of_units = sum(call.masks > 0 for call in actor.calls)
+        return of_units < room and len(actor.calls) - of_units < _WITHOUT_MASKS
 
     def _handle(self, event: Event) -> None:
         actor = self._actors.get(event.actor)

@@ -18,10 +18,10 @@ from mcrise_ray.identity import Retrieval
 from mcrise_ray.images import ImageRef, ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec, differences
 from mcrise_ray.lease import Lease
-from mcrise_ray.precision import Execution
+from mcrise_ray.precision import Execution, Precision
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.progress import Reporter
-from mcrise_ray.recorder import Recorder
+from mcrise_ray.recorder import Counts, Recorder
 from mcrise_ray.reidjob import ReidJob
 from mcrise_ray.results import Results, read_results
 from mcrise_ray.store import Committed, MapRow, MatchRow, Store
@@ -90,7 +90,9 @@ def run_job(
         if first is None:
             reporter.note(f"all {len(committed)} images are done already in {job.output}")
             done = len(committed.explained), len(committed.failed), committed.rows
-            return Summary(*done, 0, 0.0, len(committed), retrieval=_retrieval(store))
+            summary = Summary(*done, 0, 0.0, len(committed), retrieval=_retrieval(store))
+            reporter.job_ended("done", {key: getattr(summary, key) for key in asdict(Counts())})
+            return summary
         if len(committed):
             reporter.note(f"going on in {job.output}: {len(committed)} images are done")
         reporter.start(count, job.explain.masks, len(committed))
@@ -201,9 +203,10 @@ def _execution(store: Store) -> Execution | None:
 
 def _chosen(job: JobSpec) -> Execution | None:
     """How the model is asked where the job leaves nothing to try."""
-    if job.precision != "float32" or job.batch_size == "auto" or job.actors == 0:
+    if job.precision == "auto" or job.batch_size == "auto" or job.actors == 0:
         return None
-    return Execution(batch_size=job.batch_size, threads=job.cpus_per_actor)
+    precision = Precision.named(job.precision)
+    return Execution(batch_size=job.batch_size, threads=job.cpus_per_actor, precision=precision)
 
 
 def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:

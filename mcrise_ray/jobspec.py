@@ -67,7 +67,10 @@ class JobSpec(StrictModel):
         label_selector: labels of Ray that an actor's node must have, such as
             `{ray.io/accelerator-type: A100}`.
         precision: `"auto"` asks the model in the fastest way that keeps its scores, see `mcrise_ray.tuning`;
-            `"float32"` asks it as it is. What was chosen is stored, and kept on resuming.
+            `"float32"` asks it as it is. What was chosen is stored, and kept on resuming; but two runs of one
+            job may choose differently, because trials are timed. `"channels_last+bfloat16"` and the like,
+            with a batch_size, name what `mcrise job check` or an earlier run has found: then the bits are
+            the same too.
         batch_size: masked images per call of the model; `"auto"` tries several.
         standard_error: store the standard error of every pixel too, at the price of twice the space.
         original_size: store maps at the size of each image instead of the model's input: bilinear, NaN where
@@ -147,6 +150,15 @@ class JobSpec(StrictModel):
                 f"expected a fraction below 1 or a whole number, as Ray shares GPUs, found {gpus}"
             )
         return gpus
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> JobSpec:
+        if self.precision not in ("auto", "float32") and self.batch_size == "auto":
+            raise ValueError(
+                f"batch_size: expected a number beside precision {self.precision}, because both are chosen "
+                "together, found auto"
+            )
+        return self
 
     @property
     def fewest_actors(self) -> int:

@@ -78,6 +78,12 @@ class ModelSpec(StrictModel):
             )
         return self
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the weights are those that a library draws at random."""
+        drawn = self.model.startswith(("torchvision:", "timm:")) and self.weights is None
+        return drawn and not re.search(r"[?&](weights=|pretrained=true)", self.model)
+
 
 @dataclass(frozen=True)
 class Loaded:

@@ -7,7 +7,7 @@ is no torch module of ours is asked as it is.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,9 @@ from mcrise_ray.scores import Classifier, ask
 from mcrise_ray.spec import StrictModel
 
 AnyModel = TypeVar("AnyModel", Model, Embedder)
+
+STEPS: Final = ("channels_last", "bfloat16", "compiled")
+"""What may be done to a network, in the order in which it is tried."""
 
 
 class Precision(StrictModel):
@@ -46,6 +49,12 @@ class Precision(StrictModel):
     speedup: float = Field(default=1.0, gt=0)
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def named(cls, name: str) -> Precision:
+        """As a job names it: `float32`, or steps such as `channels_last+bfloat16`."""
+        asked = name.split("+")
+        return cls(**{step: step in asked for step in STEPS}, notes=(f"{name}: as asked",))
+
     @property
     def is_float32(self) -> bool:
         """Nothing is done to the network."""
@@ -54,8 +63,9 @@ class Precision(StrictModel):
     def __str__(self) -> str:
         if self.is_float32:
             return "float32"
-        names = ("channels_last", "bfloat16", "compiled")
-        done = ", ".join(name for name in names if getattr(self, name))
+        done = "+".join(step for step in STEPS if getattr(self, step))
+        if self.speedup == 1:
+            return done
         return (
             f"{done} ({self.speedup:.2g} times as fast as float32, scores within {self.difference:.2%} of "
             "their spread)"

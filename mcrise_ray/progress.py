@@ -112,6 +112,8 @@ class _Pace:
     masks_per_image: int = 0
     earlier: int = 0
     masks: int = 0
+    first: float = 0.0
+    first_masks: int = 0
     done: int = 0
     failed: int = 0
     retries: int = 0
@@ -132,12 +134,19 @@ class _Pace:
         """Masks per second."""
         return self.masks / self.elapsed if self.elapsed > 0 else 0.0
 
+    def score(self, masks: int) -> None:
+        if not self.masks:
+            self.first, self.first_masks = time.monotonic(), masks
+        self.masks += masks
+
     @property
     def seconds_left(self) -> float | None:
-        if self.images is None or not self.masks:
+        """From the pace since the first masks: what came before them were models on their way."""
+        took, masks = time.monotonic() - self.first, self.masks - self.first_masks
+        if self.images is None or not masks or took < _LOG_EVERY:
             return None
         to_do = (self.images - self.earlier - self.failed) * self.masks_per_image - self.masks
-        return max(to_do, 0) * self.elapsed / self.masks
+        return max(to_do, 0) * took / masks
 
 
 _Kind = TypeVar("_Kind", bound="_Tracking")
@@ -167,7 +176,7 @@ class _Tracking(ABC):
 
     def masks_done(self, masks: int) -> None:
         """See `Reporter`."""
-        self._pace.masks += masks
+        self._pace.score(masks)
         self._show()
 
     def image_done(self) -> None:

@@ -97,6 +97,8 @@ class Recorder:
         self._built = built
         self._ledger.batch_size = built.execution.batch_size
         self._reporter.note(f"model {built.facts.model} on {built.facts.device}: {built.execution}")
+        if self._job.model.is_untrained:
+            self._reporter.note("its weights are random: give --weights, or ?weights= in --model")
         if self._clear:
             self._store.clear()
         self._store.write_job(job_file(self._job, built, "running"))

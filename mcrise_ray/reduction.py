@@ -188,6 +188,14 @@ class Reduction:
         return self._handed_out < self._looks[self._look] or self._summed == self._looks[self._look]
 
     @property
+    def left(self) -> int:
+        """How many units `next_work` has to give before something has to come back."""
+        if self.explanation is not None or self._concluding:
+            return 0
+        until = self._pilot if self._fitted < self._pilot else self._looks[self._look]
+        return max(0, until - self._handed_out)
+
+    @property
     def concludes(self) -> bool:
         """Whether what `next_work` has to give is a `Conclude`, for which the rest of the image waits."""
         return self.is_ready and self._handed_out >= (

@@ -159,7 +159,7 @@ class Partial:
             torch.tensor(upsampling_tables(cells, pixels)).transpose(1, 2).reshape(-1, pixels)
             for cells, pixels in zip(spec.grid, self.size, strict=True)
         )
-        wide = torch.from_numpy(self.buckets).view(-1, len(columns)) @ columns
+        wide = torch.tensor(self.buckets).view(-1, len(columns)) @ columns  # Ray hands out read-only arrays
         masked = (rows.T @ wide.view(-1, len(rows), width)).view(-1, K, height, width).numpy()
         kept = self.scores[:, None, None] - masked.sum(axis=1)
         return masked * (K / spec.p_mask) / self.masks, kept / (1 - spec.p_mask) / self.masks

@@ -14,17 +14,13 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
-
-import requests
 
 from mcrise_ray import files
-from mcrise_ray.access import token_for
 from mcrise_ray.errors import ClusterError, SpecError
+from mcrise_ray.jobserver import connect, errors_of
 from mcrise_ray.progress import LOG_VARIABLE, LogFormat
 from mcrise_ray.progressfile import Progress, read_progress
 from mcrise_ray.results import Results, read_results
@@ -32,7 +28,6 @@ from mcrise_ray.results import Results, read_results
 if TYPE_CHECKING:
     from mcrise_ray.jobspec import JobSpec
 
-DEFAULT_ADDRESS: Final = "http://127.0.0.1:8265"
 JOB_VARIABLE: Final = "MCRISE_JOB"
 """The environment variable of the driver that holds the job, as JSON."""
 
@@ -41,6 +36,7 @@ ENDED: Final = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 _ENTRYPOINT: Final = "python -m mcrise_ray.driver"
 _OUTPUT, _JOB = "mcrise_output", "mcrise_job"  # keys of the metadata
 _STARTING: Final = 60.0  # seconds
+_UNANSWERED: Final = 5  # questions in a row, before waiting for a job ends
 _LONGEST: Final = 100_000  # bytes of one environment variable; Linux allows 131,072
 
 
@@ -72,11 +68,17 @@ class JobStatus:
 
 
 class SubmittedJob:
-    """A job on a cluster: what `submit_job` and `find_job` return."""
+    """A job on a cluster: what `submit_job` and `find_job` return.
 
-    def __init__(self, client: Any, address: str, submission_id: str, output: str) -> None:
+    Attributes:
+        id: of the submission.
+        output: where the results go.
+        is_new: whether this call has submitted it; otherwise it was there already.
+    """
+
+    def __init__(self, client: Any, address: str, name: str, output: str, is_new: bool = False) -> None:
         self._client, self._address = client, address
-        self.id, self.output = submission_id, output
+        self.id, self.output, self.is_new = name, output, is_new
 
     def status(self) -> JobStatus:
         """How the job is, and how far.
@@ -84,25 +86,32 @@ class SubmittedJob:
         Raises:
             ClusterError: the cluster cannot be asked; so for all other methods.
         """
-        with _errors(self._address):
+        with errors_of(self._address):
             return _status(self._client.get_job_info(self.id))
 
     def wait(self, timeout: float | None = None, *, every: float = 2.0) -> JobStatus:
-        """Wait until the job has ended.
+        """Wait until the job has ended. A tunnel may break for a moment meanwhile.
 
         Raises:
             ClusterError: it has not within `timeout` seconds; it goes on.
         """
         until = None if timeout is None else time.monotonic() + timeout
-        while not (status := self.status()).has_ended:
+        status, unanswered = self.status(), 0
+        while not status.has_ended:
             if until is not None and time.monotonic() > until:
                 raise ClusterError(f"expected {self.id} to end within {timeout:g} s, found it {status.state}")
             time.sleep(every)
+            try:
+                status, unanswered = self.status(), 0
+            except ClusterError:
+                unanswered += 1
+                if unanswered > _UNANSWERED:
+                    raise
         return status
 
     def logs(self) -> str:
         """All that the job has printed."""
-        with _errors(self._address):
+        with errors_of(self._address):
             return str(self._client.get_job_logs(self.id))
 
     def follow(self) -> Iterator[str]:
@@ -110,7 +119,7 @@ class SubmittedJob:
         loop = asyncio.new_event_loop()
         tail = self._client.tail_job_logs(self.id)
         try:
-            with _errors(self._address):
+            with errors_of(self._address):
                 while (lines := loop.run_until_complete(anext(tail, None))) is not None:
                     yield lines
         finally:
@@ -124,7 +133,7 @@ class SubmittedJob:
 
     def stop(self, timeout: float = 60.0) -> JobStatus:
         """Stop the job and wait for its end; what it has committed stays, and submitting it again resumes."""
-        with _errors(self._address):
+        with errors_of(self._address):
             self._client.stop_job(self.id)
         return self.wait(timeout, every=0.5)
 
@@ -190,9 +199,9 @@ def submit_job(
         raise SpecError(
             f"expected a job of at most {_LONGEST:,} bytes, found more; list images in a manifest"
         )
-    client, url = _client(address, insecure)
+    client, url = connect(address, insecure)
     base = submission_id(spec)
-    with _errors(url):
+    with errors_of(url):
         attempts = _attempts(client, base)
         _refuse_shared_output(client, base, spec.output)
         if attempts:
@@ -219,7 +228,7 @@ def submit_job(
             entrypoint_memory=entrypoint_memory,
             entrypoint_resources=dict(entrypoint_resources) if entrypoint_resources else None,
         )
-    return SubmittedJob(client, url, name, spec.output)
+    return SubmittedJob(client, url, name, spec.output, is_new=True)
 
 
 def find_job(
@@ -236,8 +245,8 @@ def find_job(
         from mcrise_ray.jobfiles import load_job
 
         base = submission_id(load_job(name))
-    client, url = _client(address, insecure)
-    with _errors(url):
+    client, url = connect(address, insecure)
+    with errors_of(url):
         if base is not None:
             attempts = _attempts(client, base)
             if not attempts:
@@ -250,70 +259,17 @@ def find_job(
 
 def list_jobs(address: str | None = None, *, insecure: bool = False) -> list[JobStatus]:
     """All jobs of ours that the cluster remembers, the latest first."""
-    client, url = _client(address, insecure)
-    with _errors(url):
+    client, url = connect(address, insecure)
+    with errors_of(url):
         found = [details for details in client.list_jobs() if _OUTPUT in (details.metadata or {})]
-    return [
-        _status(details, far=False)
-        for details in sorted(found, key=lambda d: d.start_time or 0, reverse=True)
-    ]
+    found.sort(key=lambda details: details.start_time or 0, reverse=True)
+    return [_status(details, far=False) for details in found]
 
 
 def submission_id(job: JobSpec) -> str:
     """The id of a job's first submission: the same for the same work to the same output."""
     content = json.dumps([job.identity, job.output], sort_keys=True)
     return f"mcrise-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-def _client(address: str | None, insecure: bool) -> tuple[Any, str]:
-    """A client of a job server that answers and lets us in, and the server's URL."""
-    url = _url(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
-    token = token_for(url, insecure=insecure)
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-    try:
-        answer = requests.get(f"{url}/api/version", headers=headers, verify=verify, timeout=20)
-    except requests.RequestException as error:
-        raise ClusterError(
-            f"expected a cluster at {url}, cannot reach it: {type(error).__name__}; is there a tunnel to its "
-            "dashboard, and is --address right?"
-        ) from error
-    if answer.status_code == 401:
-        raise ClusterError(f"{url} expects a token, found none (401); see: mcrise token --help")
-    if answer.status_code == 403:
-        raise ClusterError(
-            f"{url} expects another token than the one that was sent (403); copy the cluster's"
-        )
-    if answer.status_code != 200:
-        raise ClusterError(f"expected Ray's job server at {url}, found HTTP status {answer.status_code}")
-
-    from ray.job_submission import JobSubmissionClient
-
-    with _errors(url):
-        return JobSubmissionClient(url, headers=headers, verify=verify), url
-
-
-def _url(address: str) -> str:
-    url = (address if "://" in address else f"http://{address}").rstrip("/")
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ClusterError(
-            f"expected the address of a dashboard such as {DEFAULT_ADDRESS}, found {address}; jobs are not "
-            "submitted through ray://"
-        )
-    if parts.username or parts.password:
-        raise ClusterError("expected an address without user and password; a token goes into RAY_AUTH_TOKEN")
-    return url
-
-
-@contextmanager
-def _errors(url: str) -> Iterator[None]:
-    """What Ray's client raises, as one line of ours."""
-    try:
-        yield
-    except (RuntimeError, ValueError, OSError) as error:  # requests' errors are OSErrors
-        text = " ".join(str(error).split())
-        raise ClusterError(f"{url}: {text[:500] or type(error).__name__}") from error
 
 
 def _start(client: Any, base: str, **request: Any) -> None:

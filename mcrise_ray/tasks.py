@@ -160,6 +160,12 @@ class Call:
         """That the tasks will score."""
         return sum(task.masks for task in self.tasks if isinstance(task, WorkTask))
 
+    @property
+    def concludes(self) -> bool:
+        """Whether it brings together what is there, which needs neither the image nor the model."""
+        task = self.tasks[0]
+        return isinstance(task, WorkTask) and isinstance(task.work, Conclude)
+
     def split(self, place: int) -> tuple[Call | None, Call | None]:
         """The tasks before a place, and those from there on; None for no tasks."""
         if place == len(self.tasks):

@@ -22,17 +22,28 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mcrise_ray.batching import OUT_OF_MEMORY, candidates, fastest
+from mcrise_ray.errors import SpecError
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, Subject
 from mcrise_ray.loading import first_line
 from mcrise_ray.masks import draw
 from mcrise_ray.memory import keep_freed
-from mcrise_ray.precision import AnyModel, Execution, Precision, adapted, layout_of, network_of
+from mcrise_ray.precision import AnyModel, Execution, Precision, adapted, apply, layout_of, network_of
 from mcrise_ray.scores import BlackBox, Classifier, ask, input_space
 from mcrise_ray.servers import ServerModel
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.timing import seconds, speed_ratio
 
-PrecisionChoice = Literal["auto", "float32"]
+PrecisionChoice = Literal[
+    "auto",
+    "float32",
+    "channels_last",
+    "bfloat16",
+    "compiled",
+    "channels_last+bfloat16",
+    "channels_last+compiled",
+    "bfloat16+compiled",
+    "channels_last+bfloat16+compiled",
+]
 BatchSizeChoice = int | Literal["auto"]
 Step = Literal["channels_last", "bfloat16", "compiled"]
 Scored = Callable[[AnyModel, UInt8[np.ndarray, "H W 3"]], BlackBox]
@@ -79,7 +90,7 @@ def settle(
         image: one of the job's, of any size; where there is none yet, random colours stand in.
         scored: whose scores are compared; those of the model itself by default.
         precision: `"float32"` changes nothing; `"auto"` tries channels_last, bfloat16 and torch.compile, each
-            on top of what was kept.
+            on top of what was kept; steps that are named are taken untried, for a batch size that is given.
         batch_size: `"auto"` tries several.
         masks: how many one worker will score, where that is known: trials are not worth it for a few.
         memory_share: of the memory that is free now, which the batches may take.
@@ -87,6 +98,16 @@ def settle(
     Raises:
         MCRiseError: the model fails on masked images as it is.
     """
+    if precision not in ("auto", "float32"):
+        if batch_size == "auto":
+            raise SpecError(
+                f"precision: expected a number as batch_size beside {precision}, because both were found "
+                "together, found auto"
+            )
+        execution = Execution(
+            batch_size=batch_size, threads=torch.get_num_threads(), precision=Precision.named(precision)
+        )
+        return Settled(execution, apply(model, execution))
     keep_freed()
     trials = _Trials(model, spec, image, masks, scored)
     if network_of(model) is None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 import blackboxes
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 from reporting import Silent
 
@@ -96,16 +98,23 @@ def overhead(seconds: float, masks: int) -> None:
 
 
 def bare_unit(seconds: float, masks: int) -> float:
-    """Median seconds of one unit in this process, with nothing around it."""
+    """Median seconds of one unit with nothing around it, in as many processes as there are actors."""
+    with multiprocessing.get_context("spawn").Pool(ACTORS) as pool:
+        times = pool.starmap(bare_units, [(seconds, masks)] * ACTORS)
+    return float(np.median(times))
+
+
+def bare_units(seconds: float, masks: int) -> list[float]:
+    torch.set_num_threads(1)
     spec = ExplainSpec(masks=masks, estimator="paper")
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     subject = Subject(blackboxes.slow_means(str(seconds)), image, spec)
     times = []
-    for _ in range(50):
+    for _ in range(100):
         began = time.perf_counter()
         run_unit(subject, unit(spec, 0), (0,), 64)
         times.append(time.perf_counter() - began)
-    return float(np.median(times))
+    return times[10:]
 
 
 def long(masks: int) -> None:

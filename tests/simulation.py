@@ -84,7 +84,7 @@ class Simulation:
         actors: int,
         script: Script = nothing_happens,
         *,
-        seconds: float = 0.05,
+        seconds: float = 0.15,
         spread: float = 0.2,
         deaths_per_hour: float = 0.0,
         start_seconds: float = 20.0,

@@ -10,10 +10,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from mcrise_ray import cluster
+from mcrise_ray import cli, cluster
 from mcrise_ray.access import ensure_token, find_token, is_loopback, token_for, token_path
 from mcrise_ray.cli import app
 from mcrise_ray.errors import ClusterError
+from mcrise_ray.jobspec import ActorRange, JobSpec
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +227,28 @@ def test_joining_another_machine_needs_a_token(tmp_path: Path) -> None:
     done = mcrise("run", tmp_path / "job.yaml", "--address", "10.0.0.1:6379")
     assert done.exit_code == 2
     assert "expected a token for 10.0.0.1:6379" in done.stderr
+
+
+def test_an_audit_on_a_cluster_has_paths_that_its_machines_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its actors work in folders of their own."""
+    asked: list[tuple[JobSpec, str | None, bool]] = []
+
+    def note(job: JobSpec, log: str, overwrite: bool, address: str | None, insecure: bool) -> None:
+        asked.append((job, address, insecure))
+
+    monkeypatch.setattr(cli, "_run_and_report", note)
+    monkeypatch.chdir(tmp_path)
+    given = ("audit", "images", "--model", "m:f", "--weights", "w.safetensors", "--output", "out")
+    mcrise(*given, "--address", "10.0.0.1:6379", "--insecure", "--actors", "2-8")
+    mcrise(*given)
+    (there, address, insecure), (here, none, _) = asked
+    assert (there.images, there.model.weights, there.output) == (
+        (f"{tmp_path}/images",), f"{tmp_path}/w.safetensors", f"{tmp_path}/out",
+    )  # fmt: skip
+    assert (address, insecure, there.actors) == ("10.0.0.1:6379", True, ActorRange(min=2, max=8))
+    assert (here.images, here.output, none, here.actors) == (("images",), "out", None, "auto")
 
 
 def test_a_job_file_runs_here(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from packaging.version import Version
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from mcrise_ray.jobfiles import parse_job
+from mcrise_ray.jobspec import ActorRange
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -344,7 +345,9 @@ def test_one_off_jobs_end_resume_and_find_their_file() -> None:
     script, file = spec["entrypoint"].split()[1:]
     assert Path(file).parent == Path(mount["mountPath"])
     assert (ROOT / Path(script).relative_to("/opt/mcrise")).is_file()
-    parse_job(yaml.safe_load(config["data"][Path(file).name]))
+    job = parse_job(yaml.safe_load(config["data"][Path(file).name]))
+    assert job.actors == ActorRange(min=1, max=8), "actors that wait are what makes it grow from zero"
+    assert job.gpus_per_actor == 1, "there is none to be seen when the job begins"
 
 
 # What all of them share.

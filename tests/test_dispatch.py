@@ -124,25 +124,72 @@ def test_a_worker_stays_with_its_image_and_then_helps_with_the_oldest() -> None:
     assert places(unit_call(ledger, 2)) == [("a", 2)]
 
 
-def test_the_next_image_is_named_with_the_last_units_and_kept_for_its_worker() -> None:
+def test_the_next_image_is_read_and_inspected_while_the_last_units_run() -> None:
     ledger = Ledger(refs("a", "b", "c"), SPEC, 64)
     inspect(ledger, 0)
-    calls = [unit_call(ledger, 0) for _ in range(3)]
-    assert [call.upcoming and call.upcoming.image_id for call in calls] == [None, None, "b"]
-    assert inspect(ledger, 1).image_id == "c"
+    calls = [unit_call(ledger, 0) for _ in range(2)]
+    assert [call.upcoming and call.upcoming.image_id for call in calls] == [None, "b"]
+    assert inspect(ledger, 1).image_id == "c"  # the one kept for the first worker is not taken
     assert inspect(ledger, 0).image_id == "b"
+    assert places(unit_call(ledger, 0)) == [("a", 2)]
+    assert places(unit_call(ledger, 0)) == [("b", 0)]
+
+
+def test_an_image_that_is_inspected_ahead_waits_for_nobody() -> None:
+    ledger = Ledger(refs("a", "b"), SPEC, 64)
+    inspect(ledger, 0)
+    for _ in range(2):
+        unit_call(ledger, 0)
+    inspect(ledger, 0)
+    assert places(unit_call(ledger, 1)) == [("a", 2)]
+    assert places(unit_call(ledger, 1)) == [("b", 0)]
+    assert places(unit_call(ledger, 0)) == [("b", 1)]
+
+
+def test_an_image_that_fails_ahead_of_its_turn_costs_nothing() -> None:
+    ledger = Ledger(refs("a", "b", "c"), SPEC, 64)
+    inspect(ledger, 0)
+    for _ in range(2):
+        unit_call(ledger, 0)
+    ahead = ledger.next_call(0)
+    assert ahead is not None
+    assert ledger.returned(ahead, [Failure("read", "damaged")]) == [
+        Failed(refs("b")[0], Failure("read", "damaged"))
+    ]
+    assert inspect(ledger, 0).image_id == "c"
+    assert places(unit_call(ledger, 0)) == [("a", 2)]
+    assert places(unit_call(ledger, 0)) == [("c", 0)]
 
 
 def test_an_image_kept_for_a_worker_that_ends_is_given_to_another() -> None:
     ledger = Ledger(refs("a", "b"), SPEC, 64)
     inspect(ledger, 0)
-    calls = [unit_call(ledger, 0) for _ in range(3)]
+    calls = [unit_call(ledger, 0) for _ in range(2)]
     ledger.forget(0)
     assert not ledger.finished
     for call in calls:
         ledger.requeue(call, strike=False)
-    assert [places(unit_call(ledger, 1)) for _ in range(3)] == [[("a", index)] for index in range(3)]
+    assert [places(unit_call(ledger, 1)) for _ in range(2)] == [[("a", index)] for index in range(2)]
     assert inspect(ledger, 1).image_id == "b"
+    assert places(unit_call(ledger, 1)) == [("a", 2)]
+
+
+@pytest.mark.parametrize("inspected", [True, False])
+def test_an_image_ahead_of_its_turn_outlives_its_worker(inspected: bool) -> None:
+    ledger = Ledger(refs("a", "b"), SPEC, 64)
+    inspect(ledger, 0)
+    for _ in range(2):
+        unit_call(ledger, 0)
+    ahead = ledger.next_call(0)
+    assert ahead is not None
+    if inspected:
+        ledger.returned(ahead, [INSPECTION])
+    assert places(unit_call(ledger, 0)) == [("a", 2)]
+    ledger.forget(0)
+    if not inspected:
+        ledger.requeue(ahead, strike=False)
+        assert inspect(ledger, 1).image_id == "b"
+    assert places(unit_call(ledger, 1)) == [("b", 0)]
 
 
 def test_an_image_whose_worker_ended_comes_before_new_ones() -> None:
@@ -180,7 +227,7 @@ def test_quick_units_share_a_call_and_slow_ones_do_not() -> None:
     assert len(first.tasks) == 1
     masks = len(unit(spec, 0))
     ledger.returned(first, [sums(1.0, masks, seconds=0.011)])
-    assert len(unit_call(ledger).tasks) == 9  # 0.1 s, rounded down
+    assert len(unit_call(ledger).tasks) == 10  # 0.1 s, rounded up
     slow = unit_call(ledger)
     for task in slow.tasks:  # the pace of late is what counts
         ledger.returned(Call((task,), 64), [sums(1.0, masks, seconds=1.0)])

@@ -20,6 +20,7 @@ import mcrise_ray as mr
 from mcrise_ray import driver
 from mcrise_ray.driver import run_here
 from mcrise_ray.jobfiles import load_job
+from mcrise_ray.jobspec import ActorRange
 from mcrise_ray.submission import JOB_VARIABLE
 
 JOBS = Path(__file__).parents[1] / "jobs"
@@ -41,6 +42,16 @@ def test_example_jobs_load_and_work_anywhere(name: str) -> None:
     assert job.targets == ("predicted", "truth")
     for place in (*job.images, job.output):
         assert "/mnt/mcrise/" in place or "s3://BUCKET/" in place, "nothing relative to this repository"
+    assert job.actors == ActorRange(min=1, max=8), "clusters start from zero"
+
+
+def test_the_demo_job_needs_nothing_but_this_repository() -> None:
+    job = load_job(JOBS / "demo.yaml")
+    refs = list(mr.ImageSource(job.images))
+    model = mr.load_model(job.model)
+    assert len(refs) == 12
+    assert len(model.class_names) == model.classes == 43
+    assert job.output.startswith("/tmp/")
 
 
 def test_the_reid_job_loads_and_works_anywhere() -> None:

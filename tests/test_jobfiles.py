@@ -246,6 +246,8 @@ def test_what_only_looks_like_a_secret_passes() -> None:
         ({"cpus_per_actor": 0}, r"cpus_per_actor: "),
         ({"max_retries": -1}, r"max_retries: "),
         ({"deadline": 0}, r"deadline: "),
+        ({"precision": "bfloat16"}, r"batch_size: expected a number beside precision bfloat16"),
+        ({"precision": "float16"}, r"precision: .*found 'float16'"),
         ({"label_selector": {"zone": 3}}, r"label_selector\.zone: "),
     ],
 )

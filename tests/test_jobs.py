@@ -253,6 +253,13 @@ def test_a_finished_job_submitted_again_does_nothing(folder: Path, tmp_path: Pat
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == files
 
 
+def test_random_weights_are_said_to_be(folder: Path, tmp_path: Path) -> None:
+    untrained = ModelSpec(model="torchvision:squeezenet1_1?num_classes=3", preprocessing={"size": (32, 32)})
+    reporter = Silent()
+    run_job(job(folder / "deep/er", tmp_path, model=untrained, explain=ExplainSpec(masks=1)), reporter)
+    assert sum("its weights are random" in note for note in reporter.notes) == 1
+
+
 def test_overwriting_waits_until_the_new_job_can_start(folder: Path, tmp_path: Path) -> None:
     run_job(job(folder, tmp_path / "out"), Silent())
     (tmp_path / "out" / "mine.txt").write_text("not ours")

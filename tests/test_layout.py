@@ -77,6 +77,7 @@ ORDER = [
     "jobfiles",
     "forecast",
     "telemetry",
+    "jobserver",
     "submission",
     "driver",
     "demo",
@@ -85,7 +86,7 @@ ORDER = [
 ]
 
 ALLOWED = {
-    "ray": {"cluster", "jobs", "driver", "submission", "telemetry"},
+    "ray": {"cluster", "jobs", "driver", "jobserver", "telemetry"},
     "pyarrow": {"store", "results", "files", "shards", "gallery"},
 }
 

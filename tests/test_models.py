@@ -490,3 +490,20 @@ def test_a_server_in_a_spec_holds_no_password() -> None:
     with pytest.raises(SpecError, match=r"without user and password.*MCRISE_MODEL_TOKEN") as caught:
         mr.ModelSpec(model="https://me:geheim@host/v2/models/x")
     assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "untrained"),
+    [
+        ("torchvision:resnet18", None, True),
+        ("torchvision:resnet18?num_classes=3", None, True),
+        ("torchvision:resnet18?weights=IMAGENET1K_V1", None, False),
+        ("torchvision:resnet18", "w.safetensors", False),
+        ("timm:vit_tiny", None, True),
+        ("timm:vit_tiny?num_classes=3&pretrained=true", None, False),
+        ("hf:google/vit", None, False),
+        ("module:factory", None, False),
+    ],
+)
+def test_random_weights_are_known_as_such(model: str, weights: str | None, untrained: bool) -> None:
+    assert mr.ModelSpec(model=model, weights=weights).is_untrained is untrained

@@ -47,7 +47,7 @@ def tell_all(reporter: Reporter, clock: Clock) -> None:
     reporter.retried("actor died", "actor died: gone; a.png requeued")
     reporter.relative_error(0.125)
     reporter.image_done()
-    clock.seconds += 4
+    clock.seconds += 5
     reporter.masks_done(50)
     reporter.image_failed("b.png", "read", "b.png: damaged")
     reporter.note("batch size 32 from here on")
@@ -63,18 +63,30 @@ def test_a_log_has_plain_lines_every_few_seconds(clock: Clock) -> None:
     until = lines[1].rpartition(" (until ")[2]
     assert lines == [
         "actor died: gone; a.png requeued",
-        "2/4 images, 100 masks, 17 masks/s, 3 actors, relative error 0.12, 1 retries, 33.3%, 12 s left "
+        "2/4 images, 100 masks, 14 masks/s, 3 actors, relative error 0.12, 1 retries, 25.9%, 20 s left "
         f"(until {until}",
         "error: b.png: damaged",
         "batch size 32 from here on",
     ]
 
 
+def test_nothing_is_foretold_before_there_is_a_pace(clock: Clock) -> None:
+    """The first masks come after a minute of building models, which says nothing of the rest."""
+    reporter = JsonReporter(io.StringIO())
+    reporter.start(10, 100)
+    clock.seconds += 60
+    reporter.masks_done(100)
+    assert reporter.outlook() == {"images_total": 10, "seconds_left": None}
+    clock.seconds += 10
+    reporter.masks_done(100)
+    assert reporter.outlook() == {"images_total": 10, "seconds_left": 80.0}
+
+
 def test_a_terminal_has_a_bar(clock: Clock) -> None:
     text = io.StringIO()
     with ConsoleReporter(Console(file=text, width=200, force_terminal=True)) as reporter:
         tell_all(reporter, clock)
-    assert "3/4 images, 100 masks, 17 masks/s, 3 actors" in text.getvalue()
+    assert "3/4 images, 100 masks, 14 masks/s, 3 actors" in text.getvalue()
     assert "error: b.png: damaged" in text.getvalue()
 
 
@@ -99,8 +111,8 @@ def test_a_structured_log_has_one_object_per_line(clock: Clock) -> None:
         "images_done": 2,
         "errors": 0,
         "masks_done": 100,
-        "masks_per_second": 16.7,
-        "seconds_left": 12.0,
+        "masks_per_second": 14.3,
+        "seconds_left": 20.0,
         "actors": 3,
         "retries": 1,
         "relative_error": 0.125,
@@ -113,7 +125,7 @@ def test_a_structured_log_has_one_object_per_line(clock: Clock) -> None:
         "stage": "read",
     }
     assert note["message"] == "batch size 32 from here on"
-    assert stopped == {"level": "warning", "event": "stopped", "seconds": 6.0, "images": 2, "errors": 1}
+    assert stopped == {"level": "warning", "event": "stopped", "seconds": 7.0, "images": 2, "errors": 1}
 
 
 def test_formats_of_the_log() -> None:

@@ -30,6 +30,7 @@ from mcrise_ray.jobs import Summary, run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.lease import Lease
 from mcrise_ray.loading import ModelSpec
+from mcrise_ray.progressfile import read_progress
 from mcrise_ray.reduction import Reduction
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
@@ -312,10 +313,16 @@ def test_an_interrupted_job_goes_on_on_an_object_store(
     spec = job(folder, tmp_path).model_copy(update={"output": f"s3://results/out?{s3_server}"})
     with pytest.raises(KeyboardInterrupt):
         run(spec, Interrupting(1000))
+    stopped = read_progress(spec.output)
+    assert stopped is not None
+    assert (stopped.state, stopped.images_done, stopped.actors) == ("stopped", 1, 0)
     reporter = Silent()
     summary = run(spec, reporter)
     assert (summary.images, summary.errors, summary.earlier) == (4, 1, 1)
     assert reporter.masks == 4 * 640 - 1024
+    done = read_progress(spec.output)
+    assert done is not None
+    assert (done.state, done.images_done, done.errors) == ("done", 4, 1)
     rows = mr.read_results(spec.output)
     assert {(row.image_id, row.target): row.map.tobytes() for row in rows} == undisturbed
     assert len(rows) == 8

@@ -96,6 +96,18 @@ def test_debiased_rise_is_minus_mc_rise_with_one_black_fill() -> None:
     np.testing.assert_array_equal(debiased.standard_error, black.standard_error)
 
 
+def test_sums_that_must_not_be_written_to_are_finalized_without_a_warning() -> None:
+    """As they come out of Ray; warnings of this package are errors here."""
+    spec = ExplainSpec(masks=4, grid=(2, 2), estimator="paper")
+    sums = UnitSums(spec, 1, (8, 8))
+    sums.accumulate(draw(spec, 0, 4), np.ones((4, 1)))
+    total = sums.partial(4)
+    expected = total.finalize(spec).maps
+    for array in (total.scores, total.buckets, total.squares, total.means, total.slopes):
+        array.flags.writeable = False
+    np.testing.assert_array_equal(total.finalize(spec).maps, expected)
+
+
 @pytest.mark.parametrize("method", ["mc-rise", "debiased-rise"])
 @pytest.mark.parametrize("p_mask", [0.1, 0.3, 0.5, 0.7])
 def test_zero_law(method: str, p_mask: float) -> None:

@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.progressfile import read_progress
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.submission import _sent, find_job, list_jobs, submission_id, submit_job
+from mcrise_ray.submission import SubmittedJob, _sent, find_job, list_jobs, submission_id, submit_job
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
 SLOW = ModelSpec(model="blackboxes:slow_means", args={"seconds": "0.05"}, preprocessing={"size": (20, 24)})
@@ -137,7 +137,9 @@ def test_a_job_from_submission_to_results(
     spec = job(folder, tmp_path / "out")
     submitted = submit_job(spec, cluster.url, metadata={"team": "signs"})
     assert submitted.id == submission_id(spec)
-    assert submit_job(spec, cluster.url).id == submitted.id, "while it runs it is the same job"
+    again = submit_job(spec, cluster.url)
+    assert again.id == submitted.id, "while it runs it is the same job"
+    assert (submitted.is_new, again.is_new) == (True, False)
     lines = "".join(submitted.follow())
     done = submitted.wait(60)
     assert (done.state, done.has_ended) == ("SUCCEEDED", True), lines
@@ -348,7 +350,7 @@ class FakeServer:
 @pytest.fixture
 def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     fake = FakeServer(*getattr(request, "param", ()))
-    monkeypatch.setattr(submission, "_client", lambda address, insecure: (fake, "http://here"))
+    monkeypatch.setattr(submission, "connect", lambda address, insecure: (fake, "http://here"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     return fake
 
@@ -391,6 +393,38 @@ def test_a_cluster_that_has_only_just_started_is_waited_for(server: FakeServer, 
 def test_other_refusals_are_told(server: FakeServer, tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=r"^http://here: out of luck$"):
         submit_job(job(tmp_path, tmp_path / "out"))
+
+
+class Tunnel(FakeServer):
+    """A job server behind a tunnel that breaks."""
+
+    def __init__(self, answers: Sequence[str]) -> None:
+        super().__init__()
+        self.answers, self.asked = list(answers), 0
+
+    def get_job_info(self, name: str) -> SimpleNamespace:
+        self.asked += 1
+        answer = self.answers.pop(0)
+        if answer == "broken":
+            raise ConnectionError("connection refused")
+        return SimpleNamespace(
+            submission_id=name,
+            status=SimpleNamespace(value=answer),
+            message=None,
+            metadata=None,
+            start_time=None,
+            end_time=None,
+        )
+
+
+def test_waiting_outlasts_a_tunnel_that_breaks_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    tunnel = Tunnel(["RUNNING", *["broken"] * 5, "RUNNING", *["broken"] * 5, "SUCCEEDED"])
+    assert SubmittedJob(tunnel, "http://here", "job", "").wait().state == "SUCCEEDED"
+    gone = Tunnel(["RUNNING", *["broken"] * 9])
+    with pytest.raises(ClusterError, match=r"^http://here: connection refused$"):
+        SubmittedJob(gone, "http://here", "job", "").wait()
+    assert gone.asked == 7
 
 
 def test_what_a_submission_asks_for(server: FakeServer, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import mcrise_ray as mr
 from mcrise_ray import batching, memory, precision, timing, tuning
 from mcrise_ray.batching import candidates, fastest
+from mcrise_ray.errors import SpecError
 from mcrise_ray.explainer import Subject
 from mcrise_ray.masks import draw
 from mcrise_ray.memory import free_memory, keep_freed
@@ -161,6 +162,25 @@ def test_little_work_is_not_compiled_and_less_not_tried() -> None:
     few = settle(model_of(Scripted("bfloat16")), SPEC, IMAGE, masks=100).execution
     assert few.precision.notes == ("float32: 100 masks are not worth trials",)
     assert few.batch_size == 64
+
+
+@pytest.mark.parametrize("steps", [("channels_last",), ("bfloat16",), ("channels_last", "bfloat16")])
+def test_what_was_found_before_is_taken_untried(steps: tuple[str, ...]) -> None:
+    """And gives the bits of the run that found it."""
+    name = "+".join(steps)
+    found = Precision(**dict.fromkeys(steps, True), speedup=2.0)
+    assert str(found).startswith(f"{name} (2 times as fast"), "what is printed can be said again"
+    model = model_of(Scripted())
+    images = masked(model, 8)
+    settled = settle(model, SPEC, IMAGE, precision=name, batch_size=8)
+    assert str(settled.execution.precision) == name
+    again = apply(model_of(Scripted()), Execution(batch_size=8, threads=1, precision=found))
+    np.testing.assert_array_equal(scores(settled.model, images), scores(again, images))
+
+
+def test_what_was_found_before_belongs_to_its_batch_size() -> None:
+    with pytest.raises(SpecError, match=r"expected a number as batch_size beside bfloat16.*found auto"):
+        settle(model_of(Scripted()), SPEC, IMAGE, precision="bfloat16")
 
 
 def test_float32_is_always_there() -> None:

@@ -1,0 +1,166 @@
+"""How much less noise the default estimator leaves than equation 9, on real images and trained models.
+
+`python tests/benchmark_accuracy.py gtsrb|imagenet [--p-mask 0.5] [--masks 4000] [--seeds 50] [--images 20]`
+
+Each seed is an explanation of its own; both estimators, and centring alone, see the same scores. The truth is
+the mean over all seeds of the default estimator's maps, so it has the masks of all of them; a variance is the
+mean over pixels of the variance over seeds. Needs ../shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import mcrise_ray as mr
+from mcrise_ray.explainer import Subject, perform
+from mcrise_ray.memory import keep_freed
+from mcrise_ray.plan import unit, unit_count
+from mcrise_ray.reduction import ScoreUnit, residual_unit
+from mcrise_ray.saliency import Maps
+from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.tuning import Settled, settle
+from mcrise_ray.variates import Fit, fit_scores
+
+SHARED = Path(__file__).parents[2] / "shared"
+GTSRB = mr.ModelSpec(
+    model="torchvision:resnet18",
+    weights=str(SHARED / "models" / "gtsrb_resnet18.safetensors"),
+    preprocessing={"size": (96, 96), "mean": (0.3417, 0.3126, 0.3217), "std": (0.2768, 0.2646, 0.2706)},
+)
+IMAGENET = mr.ModelSpec(model=str(SHARED / "models" / "imagenet_mobilenet_v2.onnx"))
+SOURCES = {
+    "gtsrb": (GTSRB, f"torchvision:GTSRB?root={SHARED}/data/gtsrb&split=test"),
+    "imagenet": (IMAGENET, f"imagefolder:{SHARED}/data/imagenet"),
+}
+ESTIMATORS = ("paper", "centring", "default")
+
+
+def scored(subject: Subject, target: int, batch_size: int) -> np.ndarray:
+    """The scores `(N, 1)` of all masks of the subject's spec."""
+    works = [ScoreUnit(unit(subject.spec, index)) for index in range(unit_count(subject.spec))]
+    return np.concatenate([scores for _, scores in perform(subject, works, [target], batch_size)])
+
+
+def scored_once(
+    settled: Settled, image: np.ndarray, target: int, kept: Path | None, spec: ExplainSpec
+) -> np.ndarray:
+    """The same, from a file where it is kept."""
+    path = kept and kept.with_name(f"{kept.name}-{spec.hash}.npy")
+    if path and path.exists():
+        return np.load(path)
+    scores = scored(Subject(settled.model, image, spec), target, settled.execution.batch_size)
+    if path:
+        np.save(path, scores)
+    return scores
+
+
+def summed(spec: ExplainSpec, size: tuple[int, int], scores: np.ndarray, fit: Fit | None) -> Maps:
+    """The maps of scores that are known."""
+    units = [unit(spec, index) for index in range(unit_count(spec))]
+    parts = [residual_unit(spec, size, one, scores[one.start : one.stop], fit) for one in units]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.combine(part)
+    return total.finalize(spec)
+
+
+def flat(scores: np.ndarray, fit: Fit) -> Fit:
+    """Centring alone: each fold predicted by the mean of the others."""
+    folds = np.arange(len(scores)) % (len(fit.means) - 1)
+    means = [scores[folds != fold].mean(axis=0) for fold in range(len(fit.means) - 1)]
+    nothing = np.zeros_like(fit.curved)
+    return replace(
+        fit,
+        means=np.stack([*means, scores.mean(axis=0)]),
+        slopes=np.zeros_like(fit.slopes),
+        curved=nothing,
+    )
+
+
+def estimates(spec: ExplainSpec, size: tuple[int, int], scores: np.ndarray) -> dict[str, Maps]:
+    """The maps by each estimator."""
+    fit = fit_scores(spec, size, scores)
+    paper = spec.model_copy(update={"estimator": "paper"})
+    return {
+        "paper": summed(paper, size, scores, None),
+        "centring": summed(spec, size, scores, flat(scores, fit)),
+        "default": summed(spec, size, scores, fit),
+    }
+
+
+def compare(
+    score: Callable[[ExplainSpec], np.ndarray], spec: ExplainSpec, size: tuple[int, int], seeds: int
+) -> dict[str, float]:
+    """Variances over seeds, and what there is to say of the truth."""
+    maps: dict[str, list[np.ndarray]] = {name: [] for name in ESTIMATORS}
+    claimed = []
+    for seed in range(seeds):
+        seeded = spec.model_copy(update={"seed": seed})
+        found = estimates(seeded, size, score(seeded))
+        for name in ESTIMATORS:
+            maps[name].append(found[name].maps[0])
+        claimed.append(found["default"].relative_error[0])
+    truth = np.mean(maps["default"], axis=0)
+    scale = float((truth**2).mean())
+    found_variance = {n: float(np.var(maps[n], axis=0, ddof=1).mean()) for n in ESTIMATORS}
+    difference = np.mean(maps["paper"], axis=0) - truth
+    expected = (found_variance["paper"] + found_variance["default"]) / seeds
+    return {
+        "paper": found_variance["paper"] / found_variance["default"],
+        "centring": found_variance["centring"] / found_variance["default"],
+        "error": (found_variance["default"] / scale) ** 0.5,
+        "paper_error": (found_variance["paper"] / scale) ** 0.5,
+        "claimed": float(np.mean(claimed)),
+        "bias": float((difference**2).mean()) / expected,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("source", choices=sorted(SOURCES))
+    parser.add_argument("--p-mask", type=float, default=0.5)
+    parser.add_argument("--masks", type=int, default=4000)
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--scores", type=Path, help="folder that keeps the scores for the next time")
+    asked = parser.parse_args()
+    model_spec, source = SOURCES[asked.source]
+    keep_freed()
+    spec = ExplainSpec(masks=asked.masks, p_mask=asked.p_mask)
+    refs = list(mr.ImageSource(source))
+    refs = [refs[place] for place in np.linspace(0, len(refs) - 1, asked.images).astype(int)]
+    images = [mr.read_image(ref.uri) for ref in refs]
+    settled = settle(mr.load_model(model_spec), spec, images[0])
+    print(settled.execution, f"on {torch.get_num_threads()} threads", flush=True)
+    ratios = []
+    for ref, image in zip(refs, images, strict=True):
+        prepared = settled.model.prepare(image)
+        everything = Subject(settled.model, prepared, spec).scores()
+        target = int(everything.argmax())
+
+        kept = asked.scores and asked.scores / ref.image_id.replace("/", "_")
+        score = partial(scored_once, settled, prepared, target, kept)
+        found = compare(score, spec, prepared.shape[:2], asked.seeds)
+        ratios.append((found["paper"], found["centring"]))
+        print(
+            f"{ref.image_id:>24} class {target:4} score {everything[target]:.3f}: paper / default "
+            f"{found['paper']:6.2f}, centring / default {found['centring']:5.2f}; relative error "
+            f"{found['paper_error']:.3f} -> {found['error']:.3f} (claimed {found['claimed']:.3f}); "
+            f"difference of the means over what noise explains {found['bias']:.2f}",
+            flush=True,
+        )
+    print(f"p_mask {asked.p_mask}, N = {asked.masks}, {asked.seeds} seeds, {len(refs)} images: variance of")
+    for name, column in zip(("paper", "centring"), np.array(ratios).T, strict=True):
+        mean, worst = np.exp(np.log(column).mean()), column.min()
+        print(f"  {name} over default: geometric mean {mean:.2f}, worst {worst:.3f}")
+
+
+if __name__ == "__main__":
+    main()
