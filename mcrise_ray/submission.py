@@ -317,11 +317,12 @@ def _sent(job: JobSpec, working_dir: str | os.PathLike[str] | None) -> dict[str,
     root = os.path.abspath(working_dir)
     if not os.path.isdir(root):
         raise SpecError(f"expected a folder as working directory, found none at {root}")
-    if not files.is_url(job.output) and os.path.commonpath([root, job.output]) == root:
-        raise SpecError(
-            f"output: expected a URL or a folder that the cluster shares, found {job.output} in the working "
-            "directory, whose copy on the cluster vanishes"
-        )
+    for name, place in (("output", job.output), ("reid.gallery_store", job.reid and job.reid.gallery_store)):
+        if place and not files.is_url(place) and os.path.commonpath([root, place]) == root:
+            raise SpecError(
+                f"{name}: expected a URL or a folder that the cluster shares, found {place} in the working "
+                "directory, whose copy on the cluster vanishes"
+            )
     inside = re.compile(rf"(^|^imagefolder:|^hf:|[?&]root=){re.escape(root)}(?:/|(?=[?&]|$))")
 
     def relative(value: str | None) -> str | None:
@@ -334,8 +335,7 @@ def _sent(job: JobSpec, working_dir: str | os.PathLike[str] | None) -> dict[str,
         values["model"][name] = relative(values["model"][name])
     if values["reid"] is not None:
         values["reid"]["gallery"] = [relative(source) for source in values["reid"]["gallery"]]
-        for name in ("gallery_store", "pairs"):
-            values["reid"][name] = relative(values["reid"][name])
+        values["reid"]["pairs"] = relative(values["reid"]["pairs"])
     return values
 
 

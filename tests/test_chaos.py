@@ -24,6 +24,16 @@ needs_namespaces = pytest.mark.skipif(
 
 def survive(seed: int, tmp_path: Path) -> dict[str, Any]:
     """One run in a namespace of its own; Ray's sockets need a short path."""
+    return in_a_namespace(f"{HERE}/chaos.py {seed} {tmp_path}/{seed}") or {
+        "seed": seed,
+        "same": False,
+        "once": False,
+        "faults": [],
+    }
+
+
+def in_a_namespace(script: str) -> dict[str, Any] | None:
+    """What a script of Python prints as its last line; None where it ends without."""
     with tempfile.TemporaryDirectory(prefix="mcr", dir="/tmp") as ray_folder:
         environment = {
             **os.environ,
@@ -31,13 +41,14 @@ def survive(seed: int, tmp_path: Path) -> dict[str, Any]:
             "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
             "OMP_NUM_THREADS": "1",
         }
-        script = f"ip link set lo up; exec {sys.executable} {HERE}/chaos.py {seed} {tmp_path}/{seed}"
+        command = f"ip link set lo up; exec {sys.executable} {script}"
         found = subprocess.run(
-            [*NAMESPACE, "bash", "-c", script], env=environment, capture_output=True, text=True, check=False
+            [*NAMESPACE, "bash", "-c", command], env=environment, capture_output=True, text=True, check=False
         )
     lines = found.stdout.splitlines()
     if not lines:
-        return {"seed": seed, "same": False, "once": False, "faults": [], "error": found.stderr[-2000:]}
+        print(found.stderr[-2000:])
+        return None
     report: dict[str, Any] = json.loads(lines[-1])
     return report
 
@@ -54,3 +65,17 @@ def test_twenty_audits_survive_everything_at_random_times(tmp_path: Path) -> Non
     print(f"survived {len(survived)} of {RUNS}")
     assert len(survived) == RUNS
     assert all(len(report["faults"]) == 5 for report in reports)
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_queries_survive_the_loss_of_a_node(tmp_path: Path) -> None:
+    """200 queries on two nodes with an actor each, one of them killed: the bytes of an undisturbed run."""
+    report = in_a_namespace(f"{HERE}/chaos_reid.py {tmp_path}")
+    print(json.dumps(report))
+    assert report is not None
+    assert report["same"]
+    assert report["rows"] == 400
+    assert len(report["killed_after_masks"]) == 1
+    assert report["summary"]["replaced"] >= 1
+    assert (report["summary"]["images"], report["summary"]["errors"]) == (200, 0)

@@ -519,6 +519,16 @@ def test_paths_that_travel_are_relative_to_the_folder_that_holds_them(tmp_path: 
     assert sent["model"]["weights"] == "/shared/w.safetensors"
     assert sent["output"] == str(tmp_path / "out")
     assert _sent(spec, None) == spec.model_dump(mode="json")
+    gallery = {"gallery": (f"{root}/gallery", "s3://b/g"), "matches": "named", "pairs": f"{root}/pairs.csv"}
+    plain = {**spec.model_dump(), "kind": "reid", "model": {"model": "m:f"}, "targets": "predicted"}
+    people = JobSpec(**{**plain, "reid": gallery})
+    assert _sent(people, root)["reid"] == {
+        **people.model_dump(mode="json")["reid"],
+        "gallery": ["gallery", "s3://b/g"],
+        "pairs": "pairs.csv",
+    }
+    with pytest.raises(SpecError, match=r"reid.gallery_store: expected a URL or a folder that the cluster"):
+        _sent(JobSpec(**{**plain, "reid": {**gallery, "gallery_store": f"{root}/store"}}), root)
     JobSpec(**sent)
 
 
