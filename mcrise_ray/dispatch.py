@@ -83,6 +83,7 @@ class Ledger:
         self._images: Iterator[ImageRef] = iter(images)
         self._spec = spec
         self._saved = saved
+        self._unit_masks = len(unit(spec, 0))
         self._seconds_per_mask = 0.0
         self._at_work_on: dict[int, ImageRef] = {}  # by worker
         self._next: dict[int, ImageRef] = {}  # by worker: being inspected, or ready for it
@@ -112,7 +113,7 @@ class Ledger:
     @property
     def seconds_per_unit(self) -> float:
         """Recent pace; 0 before anything came back."""
-        return self._seconds_per_mask * len(unit(self._spec, 0))
+        return self._seconds_per_mask * self._unit_masks
 
     def successor(self) -> None:
         """Explaining is the end of a job."""
