@@ -32,11 +32,14 @@ from mcrise_ray.store import MatchRow
 from mcrise_ray.tasks import Call, EmbedTask, Reply
 from mcrise_ray.worker import InProcess
 
+# Five images each, wherever the images are: no name ends a chunk before.
+CHUNKS = (("_LEAST", 2), ("_USUAL", 2**32), ("_MOST", 5))
+
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, blocks and calls, and everything committed at every opportunity."""
-    for name, many in (("_LEAST", 2), ("_USUAL", 4), ("_MOST", 5)):
+    for name, many in CHUNKS:
         monkeypatch.setattr(embed, name, many)
     monkeypatch.setattr(reidjob, "_QUERIES", 3)
     for name in ("_COMMIT_EVERY", "_SAVE_EVERY", "_SAVE_AFTER", "_PROGRESS_EVERY"):
@@ -52,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, many in (("_LEAST", 2), ("_USUAL", 4), ("_MOST", 5)):
+        for name, many in CHUNKS:
             patch.setattr(embed, name, many)
         output = tmp_path_factory.mktemp("undisturbed") / "out"
         run(job(folder, output))
@@ -641,7 +644,7 @@ def test_actors_that_are_killed_cost_no_bits(
     local_ray: None, folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, str], Any]
 ) -> None:
     """Real processes: one ends at a batch as only embedding has them, another while it explains."""
-    flags = [tmp_path / "flag2", tmp_path / "flag8"]
+    flags = [tmp_path / "flag4", tmp_path / "flag8"]
     for flag in flags:
         flag.touch()
     args = {"flag": str(tmp_path / "flag")}
