@@ -1,7 +1,8 @@
 """One writer per output: a second driver is refused, a dead one's claim lapses.
 
 On a file system the claim is a lock of the operating system, which ends with its process. An object store has
-no locks: there the claim is a small file that its owner keeps renewing.
+no locks: there the claim is a small file that its owner keeps renewing, in a thread, because the loop of a
+driver may be busy with something else for a while, such as a large gallery.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 import uuid
+from contextlib import suppress
 from typing import IO, Any
 
 from mcrise_ray.errors import StoreError
@@ -39,10 +42,13 @@ class Lease:
         }
         self._file: IO[str] | None = None
         self._renewed = 0.0
+        self._one_at_a_time = threading.Lock()
+        self._released = threading.Event()
         if store.local_path(_NAME) is not None:
             self._lock()
         else:
             self._claim()
+            threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
     def renew(self) -> None:
         """Say that the owner lives; cheap enough for every turn of a loop.
@@ -50,20 +56,29 @@ class Lease:
         Raises:
             StoreError: another driver has taken over meanwhile.
         """
-        if self._file is not None or time.time() - self._renewed < _RENEW_EVERY:
-            return
-        holder = self._store.read_json(_NAME)
-        if holder is not None and holder["owner"] != self._owner["owner"]:
-            raise StoreError(f"lost {self._store.location} to another job: {_describe(holder)}")
-        self._write()
+        with self._one_at_a_time:
+            is_fresh = time.time() - self._renewed < _RENEW_EVERY
+            if self._file is not None or is_fresh or self._released.is_set():
+                return
+            holder = self._store.read_json(_NAME)
+            if holder is not None and holder["owner"] != self._owner["owner"]:
+                raise StoreError(f"lost {self._store.location} to another job: {_describe(holder)}")
+            self._write()
 
     def release(self) -> None:
         """Let the next driver in."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        else:
+            return
+        self._released.set()
+        with self._one_at_a_time:
             self._store.delete(_NAME)
+
+    def _keep(self) -> None:
+        while not self._released.wait(_RENEW_EVERY):
+            with suppress(StoreError):  # the loop's own call meets it again, and raises it
+                self.renew()
 
     def _lock(self) -> None:
         path = self._store.local_path(_NAME)

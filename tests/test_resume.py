@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -303,6 +304,26 @@ def test_on_an_object_store_a_claim_lapses_when_it_is_not_renewed(
     second.renew()
     second.release()
     Lease(store).release()
+
+
+def test_on_an_object_store_a_claim_is_kept_while_the_loop_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_RENEW_EVERY", 0.01)
+    store = FakeObjectStore(str(tmp_path))
+    written = threading.Semaphore(0)
+    write = store.write_json
+
+    def counted(name: str, content: Any) -> None:
+        write(name, content)
+        written.release()
+
+    monkeypatch.setattr(store, "write_json", counted)
+    busy = Lease(store)
+    for _ in range(4):  # the claim itself, and three renewals that nobody here asks for
+        assert written.acquire(timeout=30)
+    busy.release()
+    assert store.read_json("lock.json") is None
 
 
 def test_an_interrupted_job_goes_on_on_an_object_store(
