@@ -218,10 +218,13 @@ class Store:
     def clear(self) -> None:
         """Delete what an earlier job left, and nothing else."""
         with self._failing("remove results from"):
-            for name in ("maps", "errors", "figures", "partial", "queries", "gallery"):
+            # Images may lie in folders of these names: embeddings in them are ours, and nothing else.
+            ours = [name for name in ("queries", "gallery") if self._exists(f"{name}/gallery.json")]
+            embeddings = [f"{name}/{part}" for name in ours for part in ("rows", "errors")]
+            for name in ("maps", "errors", "figures", "partial", *embeddings):
                 if self._exists(name):
                     self._filesystem.delete_dir(f"{self._root}/{name}")
-            for name in ("job.json", "progress.json"):
+            for name in ("job.json", "progress.json", *(f"{name}/gallery.json" for name in ours)):
                 if self._exists(name):
                     self._filesystem.delete_file(f"{self._root}/{name}")
 

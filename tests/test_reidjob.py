@@ -294,6 +294,19 @@ def test_overwriting_embeds_anew(folder: Path, tmp_path: Path) -> None:
     assert run_job(changed, Silent(), overwrite=True).rows == 8
 
 
+def test_overwriting_spares_images_whose_folder_has_the_name_of_embeddings(
+    folder: Path, tmp_path: Path
+) -> None:
+    """As with `mcrise reid queries --gallery gallery --output . --overwrite`."""
+    shutil.copytree(folder / "query", tmp_path / "queries")
+    shutil.copytree(folder / "gallery", tmp_path / "gallery")
+    images = [*tmp_path.rglob("*.png")]
+    spec = job(tmp_path, tmp_path, images=(str(tmp_path / "queries"),))
+    for _ in range(2):
+        assert run_job(spec, Silent(), overwrite=True).rows == 8
+        assert [*tmp_path.rglob("*.png")] == images
+
+
 # Faults.
 
 
