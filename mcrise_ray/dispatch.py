@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,7 @@ from mcrise_ray.tasks import (
     WorkTask,
 )
 
-_SECONDS_PER_CALL = 0.1  # that a call lasts at least: beside it the millisecond that it costs is small
+_SECONDS_PER_CALL = 0.2  # that a call lasts at least: beside it the millisecond that it costs is small
 _UNITS_PER_CALL = 32
 _NEWEST = 0.2  # weight of the newest unit in the average pace
 _EARLY_BYTES = 2**30  # sums of one image that may wait for a missing one
@@ -142,6 +142,8 @@ class Ledger:
 
     def returned(self, call: Call, outcomes: Iterable[Outcome]) -> list[Ended]:
         """Take in what became of a call; whatever concerns an image that ended meanwhile is dropped."""
+        outcomes = list(outcomes)
+        self._learn_pace(call, outcomes)
         ended = []
         for task, outcome in zip(call.tasks, outcomes, strict=True):
             self._attempts.pop(task, None)
@@ -201,6 +203,13 @@ class Ledger:
         unit_seconds = self.seconds_per_unit
         wanted = math.ceil(_SECONDS_PER_CALL / unit_seconds) if unit_seconds else 1
         return min(max(wanted, 1), _UNITS_PER_CALL)
+
+    def _learn_pace(self, call: Call, outcomes: Sequence[Outcome]) -> None:
+        """From a call as a whole: while one unit is finished, the next is under way already."""
+        seconds = sum(outcome.seconds for outcome in outcomes if isinstance(outcome, Done))
+        if call.masks and seconds:
+            pace, old = seconds / call.masks, self._seconds_per_mask
+            self._seconds_per_mask += _NEWEST * (pace - old) if old else pace
 
     def _left(self, image: ImageRef) -> int:
         """Units that an image has to hand out now."""
@@ -317,10 +326,6 @@ class Ledger:
             self._close(image)
             return Failed(image, outcome)
         assert isinstance(outcome, Done)
-        if task.masks:
-            pace = outcome.seconds / task.masks
-            old = self._seconds_per_mask
-            self._seconds_per_mask += _NEWEST * (pace - old) if old else pace
         progress.seconds += outcome.seconds
         progress.reduction.take(task.work, outcome.result)
         if progress.reduction.explanation is None:

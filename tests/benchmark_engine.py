@@ -1,6 +1,7 @@
 """What the engine costs beside the model, on local Ray: `python tests/benchmark_engine.py [overhead|long]`.
 
-`overhead`: 200 images, two actors, a model that sleeps; total time over that of the bare units.
+`overhead`: 200 images, two actors, a model that sleeps; the time that actors were there over that of the bare
+units, which are timed before and after.
 `long`: one image of 10^7 masks at 32 x 32, a trivial model, two actors; time, and memory on the way.
 """
 
@@ -32,21 +33,29 @@ ACTORS = 2
 
 
 class Clock(Silent):
-    """From the first model built to the last image done; and the memory of driver and actors meanwhile."""
+    """Seconds of all actors together, from each one's model built to the last image done; and the memory of
+    driver and actors meanwhile.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.began = self.looked = self.ended = 0.0
+        self.began = self.looked = self.ended = self.changed = 0.0
+        self.alive, self.until_change = 0, 0.0
         self.memory: list[list[int]] = []
 
-    def note(self, text: str) -> None:
-        if text.startswith("model "):
-            self.began = time.perf_counter()
-        else:
-            print(text)
+    def actors_alive(self, actors: int) -> None:
+        now = time.perf_counter()
+        self.began = self.began or now
+        if actors:
+            self.until_change += self.alive * (now - self.changed)
+            self.alive, self.changed = actors, now
 
     def image_done(self) -> None:
         self.ended = time.perf_counter()
+
+    @property
+    def actor_seconds(self) -> float:
+        return self.until_change + self.alive * (self.ended - self.changed)
 
     def masks_done(self, masks: int) -> None:
         super().masks_done(masks)
@@ -55,6 +64,11 @@ class Clock(Silent):
             driver = psutil.Process()
             actors = [child for child in driver.children(recursive=True) if "ray::Worker" in child.name()]
             self.memory.append([process.memory_info().rss >> 20 for process in (driver, *actors)])
+
+
+def spec(masks: int) -> ExplainSpec:
+    """One fill, for units that are all but asleep."""
+    return ExplainSpec(masks=masks, estimator="paper", colors="black")
 
 
 def job(root: Path, images: int, size: tuple[int, int], masks: int, seconds: float) -> JobSpec:
@@ -72,7 +86,7 @@ def job(root: Path, images: int, size: tuple[int, int], masks: int, seconds: flo
         ),
         output=str(root / "out"),
         targets=(0,),
-        explain=ExplainSpec(masks=masks, estimator="paper"),
+        explain=spec(masks),
         actors=ACTORS,
         batch_size=64 if seconds else 256,
         figures=0,
@@ -81,38 +95,40 @@ def job(root: Path, images: int, size: tuple[int, int], masks: int, seconds: flo
 
 
 def overhead(seconds: float, masks: int) -> None:
-    images, bare = 200, bare_unit(seconds, masks)
+    images = 200
+    before = bare_unit(seconds, masks)
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
         run_job(job(Path(folder), images, (32, 32), masks, seconds), clock)
-        took = clock.ended - clock.began
+        took = clock.actor_seconds
         rows = read_results(str(Path(folder) / "out"))
         inside = sum(row.seconds for row in rows) / (images * masks / 64)
-    all_units = images * masks // 64 * bare / ACTORS
+    bare = (before + bare_unit(seconds, masks)) / 2
+    all_units = images * masks // 64 * bare
     print(
         f"units of {bare * 1e3:.1f} ms: {images} images, {masks // 64} units each, {ACTORS} actors: "
-        f"{took:.1f} s, {all_units:.1f} s of bare units: ratio {took / all_units:.3f} "
+        f"{took:.1f} s of actors, {all_units:.1f} s of bare units: ratio {took / all_units:.3f} "
         f"({inside * 1e3:.1f} ms a unit inside the actors)",
         flush=True,
     )
 
 
 def bare_unit(seconds: float, masks: int) -> float:
-    """Median seconds of one unit with nothing around it, in as many processes as there are actors."""
+    """Mean seconds of one unit with nothing around it, in as many processes as there are actors."""
     with multiprocessing.get_context("spawn").Pool(ACTORS) as pool:
         times = pool.starmap(bare_units, [(seconds, masks)] * ACTORS)
-    return float(np.median(times))
+    return float(np.mean(times))
 
 
 def bare_units(seconds: float, masks: int) -> list[float]:
     torch.set_num_threads(1)
-    spec = ExplainSpec(masks=masks, estimator="paper")
+    one = spec(masks)
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    subject = Subject(blackboxes.slow_means(str(seconds)), image, spec)
+    subject = Subject(blackboxes.slow_means(str(seconds)), image, one)
     times = []
     for _ in range(100):
         began = time.perf_counter()
-        run_unit(subject, unit(spec, 0), (0,), 64)
+        run_unit(subject, unit(one, 0), (0,), 64)
         times.append(time.perf_counter() - began)
     return times[10:]
 
@@ -131,5 +147,5 @@ if __name__ == "__main__":
     if "long" in sys.argv[1:]:
         long(10**7)
     else:
-        overhead(0.048, 8 * 64)
-        overhead(0.0033, 32 * 64)
+        overhead(0.05, 8 * 64)
+        overhead(0.005, 32 * 64)

@@ -226,12 +226,26 @@ def test_quick_units_share_a_call_and_slow_ones_do_not() -> None:
     first = unit_call(ledger)
     assert len(first.tasks) == 1
     masks = len(unit(spec, 0))
-    ledger.returned(first, [sums(1.0, masks, seconds=0.011)])
-    assert len(unit_call(ledger).tasks) == 10  # 0.1 s, rounded up
+    ledger.returned(first, [sums(1.0, masks, seconds=0.021)])
+    assert len(unit_call(ledger).tasks) == 10  # 0.2 s, rounded up
     slow = unit_call(ledger)
     for task in slow.tasks:  # the pace of late is what counts
         ledger.returned(Call((task,), 64), [sums(1.0, masks, seconds=1.0)])
     assert len(unit_call(ledger).tasks) == 1
+
+
+def test_the_pace_is_that_of_whole_calls() -> None:
+    """The model is asked for the next unit before one is given out, so the last seems to take no time."""
+    spec = ExplainSpec(masks=6400, colors="black", estimator="paper")
+    ledger = Ledger(refs("a"), spec, 64)
+    inspect(ledger)
+    masks = len(unit(spec, 0))
+    ledger.returned(unit_call(ledger), [sums(1.0, masks, seconds=0.04)])
+    call = unit_call(ledger)
+    assert len(call.tasks) == 5
+    times = (0.08, 0.04, 0.04, 0.04, 0.0)
+    ledger.returned(call, [sums(1.0, masks, seconds=time) for time in times])
+    assert ledger.seconds_per_unit == pytest.approx(0.04)
 
 
 def test_lost_tasks_come_back_one_by_one_with_half_the_batch_where_asked() -> None:

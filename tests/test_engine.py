@@ -139,7 +139,7 @@ def test_a_slow_unit_is_no_stalled_one() -> None:
 
 def test_running_out_of_memory_halves_the_batch_of_that_call() -> None:
     full = Reply((), Fault(FaultKind.DEVICE_MEMORY, "CUDA out of memory"))
-    simulation = Simulation(1, once(full, is_unit))
+    simulation = Simulation(1, once(full, is_unit), seconds=1.0)
     engine, sink = run(simulation)
     assert sink.values == EXPECTED
     assert simulation.started == [0]
