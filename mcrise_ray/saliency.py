@@ -137,6 +137,19 @@ class Partial:
             self.slopes + other.slopes,
         )
 
+    def of_target(self, place: int) -> Partial:
+        """The sums of one target alone."""
+        one = slice(place, place + 1)
+        return Partial(
+            self.masks,
+            self.size,
+            self.scores[one],
+            self.buckets[one],
+            self.squares[one],
+            self.means[one],
+            self.slopes[one],
+        )
+
     def finalize(self, spec: ExplainSpec) -> Maps:
         """Means and standard errors (eq. 2, 5 or 9, by the method)."""
         raw, baseline = self._measured(spec)
@@ -157,10 +170,7 @@ class Partial:
     ) -> tuple[Float64[np.ndarray, "L K H W"], Float64[np.ndarray, "L H W"]]:
         """Mean raw and baseline sums: two matrix products for all shifts, fills and targets at once."""
         (height, width), K = self.size, spec.K
-        rows, columns = (
-            torch.tensor(upsampling_tables(cells, pixels)).transpose(1, 2).reshape(-1, pixels)
-            for cells, pixels in zip(spec.grid, self.size, strict=True)
-        )
+        rows, columns = (_all_shifts(*axis) for axis in zip(spec.grid, self.size, strict=True))
         wide = torch.tensor(self.buckets).view(-1, len(columns)) @ columns  # Ray hands out read-only arrays
         masked = (rows.T @ wide.view(-1, len(rows), width)).view(-1, K, height, width).numpy()
         kept = self.scores[:, None, None] - masked.sum(axis=1)
@@ -175,11 +185,10 @@ class Partial:
         points = lattice(spec, self.size)
         weight = weight_moments(spec, self.size)
         at_points = self.squares.transpose(0, 2, 1, 3) / self.masks / weight[np.ix_(*points)]
-        rows, columns = (
-            np.stack([np.interp(np.arange(pixels), chosen, one) for one in np.eye(len(chosen))], axis=1)
-            for chosen, pixels in zip(points, self.size, strict=True)
-        )
-        moments: np.ndarray = weight * (rows @ at_points @ columns.T)
+        rows, columns = _between_points(spec, self.size)
+        # By torch, like all of this: the threads of two libraries would wait for each other.
+        between = torch.matmul(rows, torch.from_numpy(at_points)).matmul(columns.T)
+        moments: np.ndarray = weight * between.numpy()
         return moments
 
 
@@ -212,14 +221,35 @@ def lattice(
     return rows, columns
 
 
+@lru_cache(maxsize=16)
+def _all_shifts(cells: int, pixels: int) -> Float64[Tensor, "shifted pixels"]:
+    """The transposed upsampling tables of one axis, one below the other."""
+    return torch.tensor(upsampling_tables(cells, pixels)).transpose(1, 2).reshape(-1, pixels)
+
+
+@lru_cache(maxsize=8)
+def _between_points(
+    spec: ExplainSpec, size: tuple[int, int]
+) -> tuple[Float64[Tensor, "H Y"], Float64[Tensor, "W X"]]:
+    """Linear interpolation along each axis from the points of `lattice` to all pixels."""
+    rows, columns = (
+        torch.from_numpy(
+            np.stack([np.interp(np.arange(pixels), chosen, one) for one in np.eye(len(chosen))], axis=1)
+        )
+        for chosen, pixels in zip(lattice(spec, size), size, strict=True)
+    )
+    return rows, columns
+
+
 def method_weights(spec: ExplainSpec, shares: Float[Tensor, "N Y states X"]) -> Float[Tensor, "N Y M X"]:
     """What a mask with these shares (0 the kept share, then the fills) multiplies its score with in a map."""
     kept = shares[:, :, :1] / (1 - spec.p_mask)
     return kept if spec.method == "rise" else shares[:, :, 1:] * (spec.K / spec.p_mask) - kept
 
 
+@lru_cache(maxsize=8)
 def weight_moments(spec: ExplainSpec, size: tuple[int, int]) -> Float64[np.ndarray, "H W"]:
-    """Mean square of `method_weights` at every pixel, over all masks.
+    """Mean square of `method_weights` at every pixel, over all masks, in an array that is shared.
 
     The weights are linear in the cells, which are independent: it is that of a pixel inside one cell, times
     the share `Ky(y, y) Kx(x, x)` of its variance that interpolation leaves.

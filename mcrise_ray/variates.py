@@ -19,6 +19,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
 
 from mcrise_ray.masks import Masks, draw, overlap_kernels, sampled, upsampling_tables
 from mcrise_ray.regression import Basis, curve, logistic, ridge
@@ -151,13 +152,22 @@ def expectation(
     `Ky B_k Kx - p_mask / K sum_j Ky B_j Kx`, and the baseline alone its second term, because
     `Cov(m_k, m_j) = (q delta_kj - q**2) Ky Kx` with `q = p_mask / K`.
     """
+    ky, kx = _overlaps_with_patches(spec.grid, size, (slopes.shape[1], slopes.shape[3]))
+    by_fill = torch.tensor(slopes).transpose(1, 2)
+    expected: np.ndarray = torch.matmul(ky, by_fill).matmul(kx.T).numpy()
+    return expected
+
+
+@lru_cache(maxsize=16)
+def _overlaps_with_patches(
+    grid: tuple[int, int], size: tuple[int, int], patches: tuple[int, int]
+) -> tuple[Float64[Tensor, "H Y"], Float64[Tensor, "W X"]]:
+    """`(Ky, Kx)` of the means of patches."""
     ky, kx = (
-        kernel @ _patch_means(count, pixels).T
-        for kernel, count, pixels in zip(
-            overlap_kernels(spec.grid, size), (slopes.shape[1], slopes.shape[3]), size, strict=True
-        )
+        torch.from_numpy(kernel @ _patch_means(count, pixels).T)
+        for kernel, count, pixels in zip(overlap_kernels(grid, size), patches, size, strict=True)
     )
-    return np.ascontiguousarray(np.einsum("hy,lykx,wx->lkhw", ky, slopes, kx, optimize=True))
+    return ky, kx
 
 
 def fit_scores(spec: ExplainSpec, size: tuple[int, int], scores: Float64[np.ndarray, "N L"]) -> Fit:

@@ -22,7 +22,7 @@ import torch
 import mcrise_ray as mr
 from mcrise_ray.explainer import Subject, perform
 from mcrise_ray.memory import keep_freed
-from mcrise_ray.plan import unit, unit_count
+from mcrise_ray.plan import Unit, unit, unit_count
 from mcrise_ray.reduction import ScoreUnit, residual_unit
 from mcrise_ray.saliency import Maps
 from mcrise_ray.spec import ExplainSpec
@@ -64,12 +64,7 @@ def scored_once(
 
 def summed(spec: ExplainSpec, size: tuple[int, int], scores: np.ndarray, fit: Fit | None) -> Maps:
     """The maps of scores that are known."""
-    units = [unit(spec, index) for index in range(unit_count(spec))]
-    parts = [residual_unit(spec, size, one, scores[one.start : one.stop], fit) for one in units]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total.combine(part)
-    return total.finalize(spec)
+    return residual_unit(spec, size, Unit(0, 0, len(scores)), scores, fit).finalize(spec)
 
 
 def flat(scores: np.ndarray, fit: Fit) -> Fit:

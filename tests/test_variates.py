@@ -171,18 +171,13 @@ def test_order_of_the_work_changes_no_bit(monkeypatch: pytest.MonkeyPatch, masks
     shuffled = random.Random(1).sample(units[:count], count)
     asked = perform(subject(), [ScoreUnit(one) for one in [*shuffled, shuffled[0]]], [0], 64)
     scores = {work.unit.index: found for work, found in asked}  # type: ignore[union-attr]
-    fit: Fit = pickle.loads(
-        pickle.dumps(fit_scores(spec, SMALL, np.concatenate([scores[i] for i in range(count)])))
-    )
+    known = np.concatenate([scores[index] for index in range(count)])
+    fit: Fit = pickle.loads(pickle.dumps(fit_scores(spec, SMALL, known)))
+    total = residual_unit(spec, SMALL, plan.Unit(0, 0, len(known)), known, fit)
     parts = {}
-    for one in random.Random(2).sample(units, len(units)):
-        if one.index in scores:
-            part = residual_unit(spec, SMALL, one, scores[one.index], fit)
-        else:
-            part = run_unit(subject(), one, [0], 64, fit)
-        parts[one.index] = pickle.loads(pickle.dumps(part))
-    total = Partial.zero(spec, 1, SMALL)
-    for one in units:
+    for one in random.Random(2).sample(units[count:], len(units) - count):
+        parts[one.index] = pickle.loads(pickle.dumps(run_unit(subject(), one, [0], 64, fit)))
+    for one in units[count:]:
         total = total.combine(parts[one.index])
     again = explanation(spec, [0], oracle.score, total)
     for name in ("maps", "raw", "baseline", "standard_error"):
