@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 from mcrise_ray.bookkeeping import Bookkeeping
@@ -143,6 +144,15 @@ class _Actor:
     finished: int = 0
     scored: bool = False  # any masks
     since: float = 0.0  # when the first of `calls` began to run
+
+    @property
+    def running(self) -> list[Call]:
+        """The first call, and the first of the other kind: those that conclude run beside the others. Which
+        of the two ended the actor, nobody knows; only the one that did will be there again the next time.
+        """
+        first = self.calls[0]
+        others = (call for call in self.calls if call.concludes != first.concludes)
+        return [first, *islice(others, 1)]
 
 
 class Engine:
@@ -292,7 +302,7 @@ class Engine:
         return max(floor, _SLOW * self._slowest * masks)
 
     def _lose_actor(self, actor: _Actor, fault: Fault) -> None:
-        """An actor is gone: its running call is judged, those behind it go back unblamed."""
+        """An actor is gone: its running calls are judged, those behind them go back unblamed."""
         self._executor.end(actor.number)
         del self._actors[actor.number]
         self._ledger.forget(actor.number)
@@ -301,10 +311,12 @@ class Engine:
             self._lose_start(fault)
         self.tally.replaced += 1
         if actor.calls:
-            head = actor.calls.popleft()
+            running = actor.running
             for call in actor.calls:
-                self._ledger.requeue(call, strike=False)
-            self._lose_call(head, fault, actor)
+                if call not in running:
+                    self._ledger.requeue(call, strike=False)
+            for call in running:
+                self._lose_call(call, fault, actor if call is running[0] else None)
         elif self._decide(None, fault).then is Then.STOP:
             raise self._stop(fault)
         else:
@@ -349,7 +361,7 @@ class Engine:
     def _decide(self, call: Call | None, fault: Fault) -> Decision:
         history = History(
             attempts=self._ledger.attempts(call) if call else 0,
-            batch_size=call.batch_size if call and not isinstance(call.tasks[0], InspectTask) else 1,
+            batch_size=call.batch_size if call and not _is_single(call) else 1,
             lost_starts=self._lost_starts,
             built=self._ever_built,
         )
@@ -362,3 +374,8 @@ class Engine:
             f"{self._lost_starts} times in a row, actors ended before they finished anything; the last: "
             f"{fault.kind.value}: {fault.message}"
         )
+
+
+def _is_single(call: Call) -> bool:
+    """Whether a smaller batch could not help a call."""
+    return call.concludes or isinstance(call.tasks[0], InspectTask)

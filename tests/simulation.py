@@ -56,6 +56,7 @@ def partial(masks: int, value: float) -> Partial:
 class _Actor:
     free_at: float
     dies_at: float
+    free_beside: float = 0.0  # the thread that brings sums together
     calls: list[Call] = field(default_factory=list)
     number: int = 0
     stalled: bool = False
@@ -140,18 +141,22 @@ class Simulation:
         if happens == STALL:
             there.stalled = True
         if not there.stalled:
-            start = max(self.clock + self.latency / 2, there.free_at)
+            start = max(self.clock + self.latency / 2, there.free_beside if call.concludes else there.free_at)
             took = sum(self._duration(task) for task in call.tasks)
-            there.free_at = start + took
-            arrives = there.free_at + self.latency / 2
+            ends = start + took
+            if call.concludes:
+                there.free_beside = ends
+            else:
+                there.free_at = ends
+            arrives = ends + self.latency / 2
             if happens == ORPHAN:
                 unreachable = Fault(FaultKind.UNAVAILABLE, "cannot be reached")
                 self._push(self.clock + self.latency, Event(actor, call, unreachable))
             if isinstance(happens, Fault) and happens.kind is not FaultKind.LOST:
-                there.dies_at = min(there.dies_at, there.free_at)
+                there.dies_at = min(there.dies_at, ends)
             if isinstance(happens, Fault):
                 self._push(arrives, Event(actor, call, happens))
-            elif there.free_at <= there.dies_at:
+            elif ends <= there.dies_at:
                 if isinstance(happens, Reply):
                     reply = Reply(self._outcomes(call, len(happens.outcomes), took), happens.fault)
                 else:
