@@ -285,6 +285,8 @@ class Engine:
             return
         self._look_at = now + _LOOK_EVERY
         for actor in list(self._actors.values()):
+            if now - actor.since <= self._limits.deadline:
+                continue  # no deadline is shorter
             if actor.calls and now - actor.since > self._deadline(actor):
                 took = f"no answer within {now - actor.since:.0f} s"
                 self._lose_actor(actor, Fault(FaultKind.STALLED, took))
