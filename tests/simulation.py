@@ -161,7 +161,7 @@ class Simulation:
                     reply = Reply(self._outcomes(call, len(happens.outcomes), took), happens.fault)
                 else:
                     reply = Reply(self._outcomes(call, len(call.tasks), took))
-                self.busy += took
+                self.busy += 0 if call.concludes else took
                 self._push(arrives, Event(actor, call, reply))
         self.own_time += time.perf_counter() - began
 
