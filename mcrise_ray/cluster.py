@@ -228,9 +228,10 @@ class RayExecutor:
 
     def submit(self, actor: int, call: Call) -> None:
         """See `Executor`."""
-        # What asks for no model runs in a thread of its own, so that a GPU does not wait for it.
-        group = {"concurrency_group": _BESIDE} if call.concludes else {}
-        self._watch(actor, call, self._handles[actor].do.options(**group).remote(call))
+        do = self._handles[actor].do
+        if call.concludes:  # asks for no model: in a thread of its own, so that a GPU does not wait for it
+            do = do.options(concurrency_group=_BESIDE)
+        self._watch(actor, call, do.remote(call))
 
     def end(self, actor: int) -> None:
         """See `Executor`."""
