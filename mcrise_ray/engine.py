@@ -147,12 +147,10 @@ class _Actor:
 
     @property
     def running(self) -> list[Call]:
-        """The first call, and the first of the other kind: those that conclude run beside the others. Which
-        of the two ended the actor, nobody knows; only the one that did will be there again the next time.
-        """
-        first = self.calls[0]
-        others = (call for call in self.calls if call.concludes != first.concludes)
-        return [first, *islice(others, 1)]
+        """The first call that asks the model, and the first that concludes, which runs beside it."""
+        asks = (call for call in self.calls if not call.concludes)
+        concludes = (call for call in self.calls if call.concludes)
+        return [*islice(asks, 1), *islice(concludes, 1)]
 
 
 class Engine:
@@ -317,12 +315,23 @@ class Engine:
             for call in actor.calls:
                 if call not in running:
                     self._ledger.requeue(call, strike=False)
-            for call in running:
-                self._lose_call(call, fault, actor if call is running[0] else None)
+            self._lose_call(running[0], fault, actor)
+            for call in running[1:]:
+                self._lose_beside(call, fault)
         elif self._decide(None, fault).then is Then.STOP:
             raise self._stop(fault)
         else:
             self._sink.note(f"{fault.kind.value}: {fault.message}; actor {actor.number} replaced")
+
+    def _lose_beside(self, call: Call, fault: Fault) -> None:
+        """Nobody knows which of two calls ended an actor. This one is suspected too, but one loss is told and
+        counted once; the one that did it will be there again the next time.
+        """
+        decision = self._decide(call, fault)
+        if decision.then is Then.SKIP:
+            self._lose_call(call, fault)
+        else:
+            self._ledger.requeue(call, strike=decision.strike)
 
     def _alive(self) -> int:
         return sum(actor.built for actor in self._actors.values())

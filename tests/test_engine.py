@@ -119,17 +119,18 @@ def test_a_lost_result_is_computed_again_by_an_actor_that_stays() -> None:
     assert engine.tally.replaced == 0
 
 
-def test_a_conclusion_that_ends_its_actors_is_not_blamed_on_the_units_beside_it() -> None:
+@pytest.mark.parametrize("actors", [1, 2])
+def test_a_conclusion_that_ends_its_actors_is_not_blamed_on_the_units_beside_it(actors: int) -> None:
     def script(actor: int, nth: int, call: Call) -> Fault | None:
         ends = call.concludes and call.tasks[0].image.image_id == NAMES[2]
         return Fault(FaultKind.DIED, "gone") if ends else None
 
-    simulation = Simulation(2, script)
+    simulation = Simulation(actors, script)
     engine, sink = run(simulation)
     assert sink.failures.keys() == {NAMES[2]}
     assert "after 3 retries: gone" in sink.failures[NAMES[2]].message
     assert sink.values == {name: value for name, value in EXPECTED.items() if name != NAMES[2]}
-    assert len(simulation.started) == 2 + 4
+    assert len(simulation.started) == actors + 4
     assert engine.tally.replaced == 4
 
 
