@@ -117,9 +117,9 @@ def sampled(
     size: tuple[int, int],
     rows: Float[Tensor, "sy Y h"],
     columns: Float[Tensor, "sx X w"],
-    fills: int,
-) -> Float[Tensor, "N Y states X"]:
-    """Shares of each state (0 kept, then the fills) seen through linear functions of the two axes.
+    values: Float[Tensor, "states M"],
+) -> Float[Tensor, "N Y M X"]:
+    """Images that are linear in the cells, seen through linear functions of the two axes.
 
     Args:
         masks: the N masks.
@@ -127,16 +127,19 @@ def sampled(
         rows: a few functions of the image's rows (points, or means of patches), one table per shift, as
             `upsampling_tables(h, H)` multiplied by them from the left.
         columns: the same for its columns.
-        fills: K; there are K + 1 states.
+        values: of a cell in each of the M images, by its state (0 kept, then the fills); see `one_per_fill`.
     """
     count, h, w = masks.cells.shape
     shifts = torch.from_numpy(masks.shifts(size))
-    states = torch.from_numpy(masks.cells).to(torch.int64)[..., None].expand(count, h, w, columns.shape[1])
-    # Adding each cell's columns to its own state costs the same whatever the number of fills.
-    wide = columns.new_zeros((count, h, fills + 1, columns.shape[1]))
-    wide.scatter_add_(2, states, columns[shifts[:, 1]].mT[:, None].expand_as(states))
+    low = torch.nn.functional.embedding(torch.from_numpy(masks.cells).int(), values)
+    wide = torch.bmm(low.transpose(2, 3).reshape(count, -1, w), columns[shifts[:, 1]].mT)
     up = torch.bmm(rows[shifts[:, 0]], wide.view(count, h, -1))
-    return up.view(count, rows.shape[1], fills + 1, columns.shape[1])
+    return up.view(count, rows.shape[1], values.shape[1], columns.shape[1])
+
+
+def one_per_fill(fills: int) -> Float64[Tensor, "states K"]:
+    """The values of cells whose images are the coverages `m_k`."""
+    return torch.eye(fills + 1, dtype=torch.float64)[:, 1:].contiguous()
 
 
 def coverage(

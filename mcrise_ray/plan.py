@@ -55,13 +55,15 @@ def units(spec: ExplainSpec) -> Iterator[Unit]:
 
 
 def pilot_count(spec: ExplainSpec, units: int) -> int:
-    """How many of the first so many units the predictions of scores are fitted to.
+    """How many of the first so many units come back as scores, which are few, to be summed in one go.
 
-    Their scores are kept until the fit; those of all later units are predicted by that same fit.
+    The predictions of scores are fitted to them; those of all later units are predicted by that same fit.
+    Without predictions it is all units or none: nobody should wait for sums that the next units do not need.
     """
+    most = _PILOT // unit_size(spec)
     if spec.estimator == "paper":
-        return 0
-    return min(units, _PILOT // unit_size(spec))
+        return units if units <= most and spec.relative_error is None else 0
+    return min(units, most)
 
 
 def looks(spec: ExplainSpec) -> Iterator[int]:

@@ -271,7 +271,7 @@ def conclude(spec: ExplainSpec, work: Conclude) -> Conclusion:
     fit, total = None, work.total
     if work.scores is not None:
         scores = np.concatenate(work.scores)
-        fit = fit_scores(spec, work.size, scores)
+        fit = None if spec.estimator == "paper" else fit_scores(spec, work.size, scores)
         # In one go: the sums of many targets take more time to add, unit by unit, than the masks do.
         total = residual_unit(spec, work.size, Unit(0, 0, len(scores)), scores, fit)
     assert total is not None

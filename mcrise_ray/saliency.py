@@ -15,10 +15,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from mcrise_ray.masks import Masks, cell_size, overlap_kernels, sampled, upsampling_tables
+from mcrise_ray.masks import Masks, cell_size, one_per_fill, overlap_kernels, sampled, upsampling_tables
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import expectation
 
@@ -43,12 +43,8 @@ class UnitSums:
         # Bucket of (sy, y, sx, x) without the fill and the shift: the axes lie as they are multiplied.
         self._cell_offset = (np.arange(h)[:, None] * span_x * w + np.arange(w)).ravel()
         self._shift_strides = np.array([h * span_x * w, w])
-        points = lattice(spec, size)
-        self._point_rows, self._point_columns = (
-            torch.from_numpy(upsampling_tables(cells, pixels)[:, chosen]).float()
-            for cells, pixels, chosen in zip(spec.grid, size, points, strict=True)
-        )
-        self._squares = np.zeros((targets, len(points[0]), map_count(spec), len(points[1])))
+        self._points = rows, columns, values = _weights_at_points(spec, size)
+        self._squares = np.zeros((targets, rows.shape[1], values.shape[1], columns.shape[1]))
 
     def accumulate(self, masks: Masks, scores: Float64[np.ndarray, "B L"]) -> None:
         """Add `f_n`, or what a prediction leaves of it, to the bucket of every masked cell of mask n
@@ -65,8 +61,8 @@ class UnitSums:
 
     def square(self, masks: Masks, scores: Float64[np.ndarray, "B L"]) -> None:
         """Add the squares of what each mask adds to the maps, at the points of `lattice`."""
-        shares = sampled(masks, self._size, self._point_rows, self._point_columns, self._spec.K)
-        weights = method_weights(self._spec, shares).square_().flatten(1)
+        rows, columns, values = self._points
+        weights = sampled(masks, self._size, rows, columns, values).square_().flatten(1)
         squares = torch.from_numpy(scores).square().float().T @ weights
         self._squares += squares.view(self._squares.shape).numpy()
 
@@ -221,6 +217,18 @@ def lattice(
     return rows, columns
 
 
+@lru_cache(maxsize=8)
+def _weights_at_points(
+    spec: ExplainSpec, size: tuple[int, int]
+) -> tuple[Float32[Tensor, "sy Y h"], Float32[Tensor, "sx X w"], Float32[Tensor, "states M"]]:
+    """`method_weights`, and the upsampling that gives them at the points of `lattice`."""
+    rows, columns = (
+        torch.from_numpy(upsampling_tables(cells, pixels)[:, chosen]).float()
+        for cells, pixels, chosen in zip(spec.grid, size, lattice(spec, size), strict=True)
+    )
+    return rows, columns, method_weights(spec).float()
+
+
 @lru_cache(maxsize=16)
 def _all_shifts(cells: int, pixels: int) -> Float64[Tensor, "shifted pixels"]:
     """The transposed upsampling tables of one axis, one below the other."""
@@ -241,10 +249,13 @@ def _between_points(
     return rows, columns
 
 
-def method_weights(spec: ExplainSpec, shares: Float[Tensor, "N Y states X"]) -> Float[Tensor, "N Y M X"]:
-    """What a mask with these shares (0 the kept share, then the fills) multiplies its score with in a map."""
-    kept = shares[:, :, :1] / (1 - spec.p_mask)
-    return kept if spec.method == "rise" else shares[:, :, 1:] * (spec.K / spec.p_mask) - kept
+def method_weights(spec: ExplainSpec) -> Float64[Tensor, "states M"]:
+    """What a cell in each state (0 kept, then the fills) multiplies the score with in a map; what a mask does
+    is upsampled from it.
+    """
+    kept = torch.zeros(spec.K + 1, 1, dtype=torch.float64)
+    kept[0] = 1 / (1 - spec.p_mask)
+    return kept if spec.method == "rise" else one_per_fill(spec.K) * (spec.K / spec.p_mask) - kept
 
 
 @lru_cache(maxsize=8)

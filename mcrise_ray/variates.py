@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from mcrise_ray.masks import Masks, draw, overlap_kernels, sampled, upsampling_tables
+from mcrise_ray.masks import Masks, draw, one_per_fill, overlap_kernels, sampled, upsampling_tables
 from mcrise_ray.regression import Basis, curve, logistic, ridge
 from mcrise_ray.spec import ExplainSpec
 
@@ -98,7 +98,7 @@ class Features:
     """
 
     def __init__(self, spec: ExplainSpec, size: tuple[int, int], patches: tuple[int, int]) -> None:
-        self._fills, self._size = spec.K, size
+        self._fills, self._size = one_per_fill(spec.K), size
         self._mean = spec.p_mask / spec.K
         self._rows, self._columns = (
             torch.from_numpy(_patch_means(count, pixels) @ upsampling_tables(cells, pixels))
@@ -107,8 +107,8 @@ class Features:
 
     def __call__(self, masks: Masks) -> Float64[np.ndarray, "N D"]:
         """`phi` of each mask."""
-        shares = sampled(masks, self._size, self._rows, self._columns, self._fills)[:, :, 1:]
-        features: np.ndarray = shares.reshape(len(masks), -1).numpy() - self._mean
+        means = sampled(masks, self._size, self._rows, self._columns, self._fills)
+        features: np.ndarray = means.flatten(1).numpy() - self._mean
         return features
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mcrise_ray.masks import Masks, cell_size, overlap_kernels, sampled, upsampling_tables
+from mcrise_ray.masks import Masks, cell_size, one_per_fill, overlap_kernels, sampled, upsampling_tables
 from mcrise_ray.plan import unit, unit_count
 from mcrise_ray.reduction import Explanation, explanation, residual_unit
 from mcrise_ray.saliency import Maps, UnitSums, method_maps
@@ -42,7 +42,7 @@ def pixels(spec: ExplainSpec, size: tuple[int, int], masks: Masks) -> np.ndarray
     rows, columns = (
         torch.tensor(upsampling_tables(cells, length)) for cells, length in zip(spec.grid, size, strict=True)
     )
-    return sampled(masks, size, rows, columns, spec.K).numpy()[:, :, 1:].transpose(0, 2, 1, 3)
+    return sampled(masks, size, rows, columns, one_per_fill(spec.K)).numpy().transpose(0, 2, 1, 3)
 
 
 def linear_maps(spec: ExplainSpec, slopes: np.ndarray, constant: float) -> np.ndarray:
