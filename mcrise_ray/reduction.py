@@ -75,7 +75,7 @@ class Conclude:
     Attributes:
         targets, score: class indices, and their unmasked scores.
         size: (H, W) of the maps.
-        scores: of the pilot's units, to be fitted and summed; None where that is done.
+        scores: of the pilot's units, to be summed, or fitted first; None where that is done.
         total: sums so far; None where the scores are summed first.
         look: finalize, and see whether it is enough.
         last: it is enough whatever comes out.
@@ -161,7 +161,8 @@ class Reduction:
         self._fit, self._total, self._summed = state.fit, state.total, state.units
         self._early: dict[int, Partial] = {}
         self._concluding = False
-        self._pilot = pilot_count(spec, self._looks[self._look])
+        # What was begun as sums goes on as sums.
+        self._pilot = 0 if state.units and not state.fit else pilot_count(spec, self._looks[self._look])
         # The sums of a fitted pilot begin with those of its units; the next look's pilot is fitted anew.
         self._fitted = min(self._pilot, state.units) if state.fit is not None else 0
         self._handed_out = max(len(state.scores), state.units)

@@ -29,6 +29,7 @@ from mcrise_ray.tasks import (
 )
 
 SPEC = ExplainSpec(masks=192, colors="black", estimator="paper")  # three units
+SUMMED = SPEC.model_copy(update={"relative_error": 1e-9})  # whose scores are not kept
 INSPECTION = Inspection((Target(0, None, "predicted", 0.5),), (1, 1), 0.1, (1, 1))
 
 
@@ -38,6 +39,10 @@ def refs(*names: str) -> list[ImageRef]:
 
 def sums(value: float, masks: int = 64, seconds: float = 10.0) -> Done:
     return Done(partial(masks, value), seconds)
+
+
+def scores(masks: int = 64, seconds: float = 10.0) -> Done:
+    return Done(np.zeros((masks, 1)), seconds)
 
 
 def inspect(ledger: Ledger, worker: int = 0) -> ImageRef:
@@ -77,7 +82,7 @@ def places(call: Call) -> list[tuple[str, int]]:
 
 
 def test_sums_are_combined_in_index_order_and_each_counts_once() -> None:
-    ledger = Ledger(refs("a"), SPEC, 64)
+    ledger = Ledger(refs("a"), SUMMED, 64)
     assert not ledger.finished
     inspect(ledger)
     calls = [unit_call(ledger) for _ in range(3)]
@@ -226,11 +231,11 @@ def test_quick_units_share_a_call_and_slow_ones_do_not() -> None:
     first = unit_call(ledger)
     assert len(first.tasks) == 1
     masks = len(unit(spec, 0))
-    ledger.returned(first, [sums(1.0, masks, seconds=0.021)])
+    ledger.returned(first, [scores(masks, seconds=0.021)])
     assert len(unit_call(ledger).tasks) == 10  # 0.2 s, rounded up
     slow = unit_call(ledger)
     for task in slow.tasks:  # the pace of late is what counts
-        ledger.returned(Call((task,), 64), [sums(1.0, masks, seconds=1.0)])
+        ledger.returned(Call((task,), 64), [scores(masks, seconds=1.0)])
     assert len(unit_call(ledger).tasks) == 1
 
 
@@ -240,11 +245,11 @@ def test_the_pace_is_that_of_whole_calls() -> None:
     ledger = Ledger(refs("a"), spec, 64)
     inspect(ledger)
     masks = len(unit(spec, 0))
-    ledger.returned(unit_call(ledger), [sums(1.0, masks, seconds=0.04)])
+    ledger.returned(unit_call(ledger), [scores(masks, seconds=0.04)])
     call = unit_call(ledger)
     assert len(call.tasks) == 5
     times = (0.08, 0.04, 0.04, 0.04, 0.0)
-    ledger.returned(call, [sums(1.0, masks, seconds=time) for time in times])
+    ledger.returned(call, [scores(masks, seconds=time) for time in times])
     assert ledger.seconds_per_unit == pytest.approx(0.04)
 
 
@@ -271,7 +276,7 @@ def test_giving_up_a_task_fails_its_image_and_keeps_the_others_of_the_call() -> 
 
 def test_an_image_goes_on_from_saved_sums() -> None:
     saved = {"b": Saved(INSPECTION, State(0, (), None, partial(128, 7.0), 2), 20.0)}
-    ledger = Ledger(refs("b"), SPEC, 64, saved.get)
+    ledger = Ledger(refs("b"), SUMMED, 64, saved.get)
     call = unit_call(ledger)
     assert places(call) == [("b", 2)]
     ((image, kept),) = ledger.unfinished()
@@ -284,7 +289,7 @@ def test_an_image_goes_on_from_saved_sums() -> None:
 
 
 def test_only_sums_without_a_gap_are_saved() -> None:
-    ledger = Ledger(refs("a"), SPEC, 64)
+    ledger = Ledger(refs("a"), SUMMED, 64)
     inspect(ledger)
     calls = [unit_call(ledger) for _ in range(3)]
     assert list(ledger.unfinished()) == []
@@ -299,7 +304,7 @@ def test_what_an_image_waits_for_goes_before_everything_else() -> None:
     inspect(ledger, 0)
     inspect(ledger, 1)
     for _ in range(3):
-        ledger.returned(unit_call(ledger, 0), [sums(1.0)])
+        ledger.returned(unit_call(ledger, 0), [scores()])
     (ended,) = conclude(ledger, 1)
     assert ended.image.image_id == "a"
     assert places(unit_call(ledger, 1)) == [("b", 0)]

@@ -314,6 +314,7 @@ def test_actors_that_do_not_start_are_talked_about() -> None:
             SPEC,
             ExplainSpec(masks=8 * 64, colors="black"),
             ExplainSpec(masks=20_000, colors="black"),  # more than are fitted
+            ExplainSpec(masks=20_000, colors="black", estimator="paper"),  # whose scores are not kept
             ExplainSpec(masks=40_000, colors="black", relative_error=0.1),
         ]
     ),

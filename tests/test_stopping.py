@@ -65,6 +65,12 @@ def test_looks_lie_further_and_further_apart(masks: int, estimator: str) -> None
         assert unit(spec, found[0] - 1).stop >= 1024
 
 
+@pytest.mark.parametrize(("masks", "scored"), [(64, 1), (8000, 32), (16384, 32), (16385, 0), (10**8, 0)])
+def test_scores_of_the_paper_are_kept_for_all_masks_or_none(masks: int, scored: int) -> None:
+    spec = ExplainSpec(masks=masks, estimator="paper")
+    assert pilot_count(spec, unit_count(spec)) == scored
+
+
 @pytest.mark.parametrize("estimator", ["paper", "control-variate"])
 @pytest.mark.parametrize("settings", [{"masks": 100}, {"masks": 50_000}, {"relative_error": 0.1}])
 def test_every_unit_is_scored_once_and_summed_once_since_the_last_fit(
