@@ -16,7 +16,7 @@ from mcrise_ray.errors import ClusterError, MCRiseError
 from mcrise_ray.faults import ACTOR_GONE, Decision, Fault, FaultKind, History, Then, decide
 from mcrise_ray.tasks import Call, Ended, Failure, InspectTask, Reply
 
-_SHORT_CALL = 0.5  # seconds; an actor holds a second call in its queue only while calls are that short
+_SHORT_CALL = 2.0  # seconds; an actor holds a second call in its queue only while calls are that short
 _WITHOUT_MASKS = 2  # calls that an actor holds beside those with masks
 _FIRST = 15  # times the deadline: how long an actor's first masks may take
 _SLOW = 10  # times the slowest pace seen: then a call counts as stalled

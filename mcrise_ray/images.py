@@ -59,6 +59,10 @@ class ImageRef:
     problem: str | None = None
     stage: str = "list"
 
+    def __hash__(self) -> int:
+        """A driver looks images up all the time, and its names tell them apart."""
+        return hash(self.image_id)
+
 
 class ImageSource:
     """Images as users have them, listed lazily, from the start every time it is iterated.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float32
@@ -155,12 +156,12 @@ class Call:
     batch_size: int
     upcoming: ImageRef | None = None
 
-    @property
+    @cached_property  # asked for again and again while the call is out
     def masks(self) -> int:
         """That the tasks will score."""
         return sum(task.masks for task in self.tasks if isinstance(task, WorkTask))
 
-    @property
+    @cached_property
     def concludes(self) -> bool:
         """Whether it brings together what is there, which needs neither the image nor the model."""
         task = self.tasks[0]
