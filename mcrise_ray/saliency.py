@@ -199,11 +199,6 @@ class Maps:
     relative_error: Float64[np.ndarray, " L"]
 
 
-def map_count(spec: ExplainSpec) -> int:
-    """M: one map per fill for MC-RISE, one for the two RISE methods."""
-    return spec.K if spec.method == "mc-rise" else 1
-
-
 def lattice(
     spec: ExplainSpec, size: tuple[int, int]
 ) -> tuple[Int64[np.ndarray, " Y"], Int64[np.ndarray, " X"]]:

@@ -274,9 +274,10 @@ def test_giving_up_a_task_fails_its_image_and_keeps_the_others_of_the_call() -> 
     assert ledger.finished
 
 
-def test_an_image_goes_on_from_saved_sums() -> None:
+@pytest.mark.parametrize("spec", [SUMMED, SPEC])  # an earlier version summed both
+def test_an_image_goes_on_from_saved_sums(spec: ExplainSpec) -> None:
     saved = {"b": Saved(INSPECTION, State(0, (), None, partial(128, 7.0), 2), 20.0)}
-    ledger = Ledger(refs("b"), SUMMED, 64, saved.get)
+    ledger = Ledger(refs("b"), spec, 64, saved.get)
     call = unit_call(ledger)
     assert places(call) == [("b", 2)]
     ((image, kept),) = ledger.unfinished()

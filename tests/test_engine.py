@@ -367,6 +367,16 @@ def test_a_hundred_actors_are_kept_busy() -> None:
     assert simulation.busy / (100 * simulation.clock) > 0.94  # start and end of a short job are in it
 
 
+def test_actors_do_not_wait_for_the_driver_between_images_of_a_second() -> None:
+    spec = ExplainSpec(masks=64, colors="black", estimator="paper")  # one unit
+    simulation = Simulation(2, seconds=1.0, spread=0.0, start_seconds=0.0, latency=0.1)
+    names = [str(n) for n in range(100)]
+    sink = Sums()
+    Engine(Ledger((ImageRef(name, name) for name in names), spec, batch_size=64), simulation, sink).run()
+    assert sink.finished == 100
+    assert simulation.busy / (2 * simulation.clock) > 0.98
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "masks", "seconds"),
