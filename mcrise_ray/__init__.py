@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mcrise_ray.embedders import load_embedder as load_embedder
     from mcrise_ray.errors import MCRiseError as MCRiseError
     from mcrise_ray.explainer import explain as explain
+    from mcrise_ray.explanations import Explanation as Explanation
     from mcrise_ray.images import ImageSource as ImageSource
     from mcrise_ray.images import read_image as read_image
     from mcrise_ray.jobfiles import load_job as load_job
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from mcrise_ray.models import Model as Model
     from mcrise_ray.models import load_model as load_model
     from mcrise_ray.preprocess import Preprocessing as Preprocessing
-    from mcrise_ray.reduction import Explanation as Explanation
     from mcrise_ray.reid import Similarity as Similarity
     from mcrise_ray.reid import embeddings_of as embeddings_of
     from mcrise_ray.reid import reid_spec as reid_spec
@@ -41,7 +41,7 @@ _HOMES = {
     "DecodeOptions": "decode",
     "Embedder": "embedders",
     "ExplainSpec": "spec",
-    "Explanation": "reduction",
+    "Explanation": "explanations",
     "ImageSource": "images",
     "JobSpec": "jobspec",
     "MCRiseError": "errors",

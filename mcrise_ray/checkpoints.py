@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 import numpy as np
 
+from mcrise_ray.estimators import Scored, scores_of
+from mcrise_ray.guide import CANDIDATES, Choice, Guide, Picked
+from mcrise_ray.masks import Masks
 from mcrise_ray.reduction import State
 from mcrise_ray.saliency import Partial
 from mcrise_ray.store import Store, file_name
@@ -17,7 +21,7 @@ from mcrise_ray.tasks import Inspection, Saved, Target
 from mcrise_ray.variates import Fit
 
 _FOLDER = "partial"
-Part = TypeVar("Part", Partial, Fit)
+Part = TypeVar("Part", Partial, Fit, Guide, Masks)
 
 
 class Checkpoints:
@@ -45,17 +49,28 @@ class Checkpoints:
             StoreError: they cannot be written.
         """
         state = saved.state
+        picked = [scored for scored in state.scores if isinstance(scored, Picked)]
         header = {
             "inspection": asdict(saved.inspection),
             "seconds": saved.seconds,
             "look": state.look,
             "units": state.units,
-            "scored": [len(scores) for scores in state.scores],
+            "scored": [len(scores_of(scored)) for scored in state.scores],
+            "stage": state.stage,
+            "picked": len(picked),
         }
-        arrays = {"scores": np.concatenate(state.scores)} if state.scores else {}
-        for name, part in (("total", state.total), ("fit", state.fit)):
+        arrays: dict[str, np.ndarray] = {}
+        if state.scores:
+            arrays["scores"] = np.concatenate([scores_of(scored) for scored in state.scores])
+        for field in fields(Choice) if picked else ():
+            arrays[f"picked.{field.name}"] = np.concatenate([getattr(one, field.name) for one in picked])
+        guide = state.guide
+        learnt = None if guide is None else guide.learnt
+        for name, part in (("total", state.total), ("fit", state.fit), ("guide", guide), ("learnt", learnt)):
             for field in fields(part) if part is not None else ():
-                arrays[f"{name}.{field.name}"] = np.asarray(getattr(part, field.name))
+                value = getattr(part, field.name)
+                if not isinstance(value, Masks):
+                    arrays[f"{name}.{field.name}"] = np.asarray(value)
         file = io.BytesIO()
         np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
         self._store.write(_path(image_id), file.getvalue())
@@ -89,18 +104,46 @@ def _parse(content: bytes) -> Saved:
         seconds=about["seconds"],
         original_size=tuple(about["original_size"]),
     )
-    scores = np.split(arrays["scores"], np.cumsum(header["scored"])[:-1]) if header["scored"] else []
     total = _part(Partial, "total", arrays)
     fit = _part(Fit, "fit", arrays) if "fit.masks" in arrays else None
-    state = State(header["look"], tuple(scores), fit, total, header["units"])
+    guide = None
+    if "guide.scale" in arrays:
+        learnt = _part(Masks, "learnt", arrays)
+        guide = _part(Guide, "guide", arrays | {"guide.learnt": learnt})
+    scores = _scores(arrays, header)
+    state = State(header["look"], scores, fit, total, header["units"], header["stage"], guide)
     return Saved(inspection, state, header["seconds"])
 
 
-def _part(kind: type[Part], name: str, arrays: dict[str, np.ndarray]) -> Part:
-    """A dataclass of arrays, whole numbers and pairs of them."""
+def _scores(arrays: dict[str, np.ndarray], header: dict[str, Any]) -> tuple[Scored, ...]:
+    """The scores of each unit: first of those whose masks nobody picked, then of the others."""
+    counts = header["scored"]
+    if not counts:
+        return ()
+    scores = np.split(arrays["scores"], np.cumsum(counts)[:-1])
+    plain = len(counts) - header["picked"]
+    if plain == len(counts):
+        return tuple(scores)
+    until = np.cumsum(counts[plain:])[:-1]
+    parts: dict[str, list[np.ndarray]] = {
+        field.name: np.split(
+            arrays[f"picked.{field.name}"], until * (CANDIDATES if field.name == "bend" else 1)
+        )
+        for field in fields(Choice)
+    }
+    picked = [
+        Picked(**{name: part[place] for name, part in parts.items()}, scores=scores[plain + place])
+        for place in range(header["picked"])
+    ]
+    return (*scores[:plain], *picked)
+
+
+def _part(kind: type[Part], name: str, arrays: Mapping[str, np.ndarray | Masks]) -> Part:
+    """A dataclass of arrays, numbers and pairs of them."""
     values: dict[str, Any] = {}
     for field in fields(kind):
-        value = arrays[f"{name}.{field.name}"]
-        is_array = "np.ndarray" in str(field.type)
-        values[field.name] = value if is_array else tuple(value.tolist()) if value.ndim else value.item()
+        value: Any = arrays[f"{name}.{field.name}"]
+        if not isinstance(value, Masks) and "np.ndarray" not in str(field.type):
+            value = tuple(value.tolist()) if value.ndim else value.item()
+        values[field.name] = value
     return kind(**values)

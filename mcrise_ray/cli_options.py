@@ -84,7 +84,10 @@ RelativeError = Annotated[
 ]
 Estimator = Annotated[
     str,
-    typer.Option(help="control-variate: what can be predicted of a score adds no noise; paper: equation 9."),
+    typer.Option(
+        help="importance: masks are picked by how much their scores will tell; control-variate: any masks, "
+        "but what can be predicted of a score adds no noise; paper: equation 9."
+    ),
 ]
 Grid = Annotated[str, typer.Option(metavar="hxw", help="Cells of a mask.")]
 PMask = Annotated[float, typer.Option("--p-mask", help="Probability that a cell is masked.")]
@@ -225,7 +228,7 @@ class CommonOptions:
     device: Device = None
     masks: MaskCount = None
     relative_error: RelativeError = None
-    estimator: Estimator = "control-variate"
+    estimator: Estimator = "importance"
     grid: Grid = "8x8"
     colors: Colors = None
     method: Method = "mc-rise"

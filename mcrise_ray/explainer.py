@@ -14,18 +14,12 @@ from jaxtyping import Float64, UInt8
 
 from mcrise_ray.blend import Blender
 from mcrise_ray.errors import ImageError
-from mcrise_ray.pipeline import score_units
+from mcrise_ray.estimators import Scored, picked_unit, residual_unit
+from mcrise_ray.explanations import Explanation
+from mcrise_ray.guide import Choice, Guide, Picked, choose
+from mcrise_ray.pipeline import Asked, score_units
 from mcrise_ray.plan import Unit
-from mcrise_ray.reduction import (
-    Conclude,
-    Explanation,
-    Reduction,
-    SumUnit,
-    Work,
-    WorkResult,
-    conclude,
-    residual_unit,
-)
+from mcrise_ray.reduction import Conclude, Reduction, ScoreUnit, SumUnit, Work, WorkResult, conclude
 from mcrise_ray.saliency import Partial
 from mcrise_ray.scores import BlackBox, ask, check_targets, input_space
 from mcrise_ray.spec import ExplainSpec
@@ -84,11 +78,12 @@ def check_image(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]
 
 
 def run_unit(
-    subject: Subject, unit: Unit, targets: Sequence[int], batch_size: int, fit: Fit | None = None
+    subject: Subject, unit: Unit, targets: Sequence[int], batch_size: int, fit: Fit | Guide | None = None
 ) -> Partial:
     """The sums of one unit (Algorithm 1, lines 2 to 15): a pure function of its arguments.
 
-    With a fit, those of what its predictions leave of the scores, and the predictions' own part.
+    With a fit, those of what its predictions leave of the scores, and the predictions' own part; with a guide,
+    of masks that it picks.
     """
     ((_, partial),) = perform(subject, [SumUnit(unit, fit)], targets, batch_size)
     assert isinstance(partial, Partial)
@@ -103,22 +98,40 @@ def perform(
     Each result is the same whatever stands before and after its work; a GPU does not pause in between.
     """
     spec, size = subject.spec, subject.size
-    begun: deque[Work] = deque()
+    begun: deque[tuple[Work, Choice | None]] = deque()
 
-    def units() -> Iterator[Unit]:
+    def units() -> Iterator[Asked]:
         for work in works:
-            begun.append(work)
+            choice, masks = None, None
+            if not isinstance(work, Conclude) and (guide := _guide_of(work)) is not None:
+                choice, masks = choose(spec, size, guide, work.unit)
+            begun.append((work, choice))
             if isinstance(work, Conclude):
                 return
-            yield work.unit
+            yield Asked(work.unit, masks, work.also if isinstance(work, ScoreUnit) else ())
 
-    for unit, scores in score_units(spec, subject.blend, subject.function, units(), targets, batch_size):
-        work = begun.popleft()
-        fit = work.fit if isinstance(work, SumUnit) else None
-        yield work, residual_unit(spec, size, unit, scores, fit) if isinstance(work, SumUnit) else scores
-    for work in begun:
+    for scores in score_units(spec, subject.blend, subject.function, units(), targets, batch_size):
+        work, choice = begun.popleft()
+        scored = scores if choice is None else Picked(**vars(choice), scores=scores)
+        yield work, scored if isinstance(work, ScoreUnit) else _summed(spec, size, work, scored)
+    for work, _ in begun:
         assert isinstance(work, Conclude)
         yield work, conclude(spec, work)
+
+
+def _guide_of(work: ScoreUnit | SumUnit) -> Guide | None:
+    """Who picks the masks of a unit."""
+    guide = work.guide if isinstance(work, ScoreUnit) else work.fit
+    return guide if isinstance(guide, Guide) else None
+
+
+def _summed(spec: ExplainSpec, size: tuple[int, int], work: Work, scored: Scored) -> Partial:
+    assert isinstance(work, SumUnit)
+    if isinstance(scored, Picked):
+        assert isinstance(work.fit, Guide)
+        return picked_unit(spec, size, work.unit, scored, work.fit)
+    assert not isinstance(work.fit, Guide)
+    return residual_unit(spec, size, work.unit, scored, work.fit)
 
 
 def explain(

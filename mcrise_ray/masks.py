@@ -40,6 +40,12 @@ class Masks:
         """Some of them."""
         return Masks(self.cells[which], self.shift_words[which])
 
+    @staticmethod
+    def concatenate(parts: Sequence[Masks]) -> Masks:
+        """All of them, in order."""
+        cells, words = ([getattr(part, name) for part in parts] for name in ("cells", "shift_words"))
+        return Masks(np.concatenate(cells), np.concatenate(words))
+
     def shifts(self, size: tuple[int, int]) -> Int64[np.ndarray, "N 2"]:
         """Shifts (sy, sx) of every mask, uniform in [0, ceil(H/h)) x [0, ceil(W/w))."""
         spans = np.array(cell_size(self.cells.shape[1:], size), dtype=np.uint64)
@@ -70,6 +76,14 @@ def draw(spec: ExplainSpec, start: int, stop: int) -> Masks:
     cells = np.where(uniform < threshold, fill + np.uint64(1), np.uint64(0)).astype(np.uint8)
     shift_words = words[:, h * w : h * w + 2] >> np.uint64(32)
     return Masks(cells.reshape(-1, h, w), shift_words)
+
+
+def uniform(spec: ExplainSpec, n: int) -> float:
+    """A number in [0, 1) that belongs to mask n, out of bits that neither its cells nor its shift use."""
+    h, w = spec.grid
+    blocks = -(-(h * w + 2) // _WORDS_PER_BLOCK)
+    words = np.random.Philox(key=spec.seed, counter=n * blocks).random_raw(h * w + 1)
+    return int(words[h * w] & np.uint64(0xFFFFFFFF)) / 2**32
 
 
 @lru_cache(maxsize=64)

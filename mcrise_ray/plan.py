@@ -16,6 +16,9 @@ _LARGEST = 4096  # a retried unit should not cost minutes
 _LARGEST_BETWEEN_LOOKS = 512  # where a relative error is asked for: N is a multiple of it
 _PILOT = 16384  # masks; with more, predictions become no better, and their scores are kept
 _FIRST_LOOK = 1024  # masks
+_OPENING = 512  # masks that a guide first learns from
+MOST_LEARNT = 2048  # masks: a guide's prediction takes time in proportion, and more tell little more
+_MOST_GUIDED = 8  # targets: odds that suit many of them suit none
 _BETWEEN_LOOKS = 2**0.5  # ratio of N from one look to the next
 
 
@@ -57,7 +60,7 @@ def units(spec: ExplainSpec) -> Iterator[Unit]:
 def pilot_count(spec: ExplainSpec, units: int) -> int:
     """How many of the first so many units come back as scores, which are few, to be summed in one go.
 
-    The predictions of scores are fitted to them; those of all later units are predicted by that same fit.
+    Predictions of scores are fitted to them; those of all later units are predicted by that same fit.
     Without predictions it is all units or none: nobody should wait for sums that the next units do not need.
     """
     most = _PILOT // unit_size(spec)
@@ -81,6 +84,27 @@ def looks(spec: ExplainSpec) -> Iterator[int]:
                 yield units
             wanted *= _BETWEEN_LOOKS
     yield last
+
+
+def stages(spec: ExplainSpec, targets: int) -> tuple[int, ...]:
+    """After how many units sums are brought together, and a guide of the next units may learn.
+
+    Every look is among them. The first stage is the opening, whose masks no guide has picked; the number of
+    masks doubles from one stage to the next until a guide has learnt from `MOST_LEARNT`.
+
+    Returns:
+        Nothing where masks are not picked at all: by other estimators, with few masks, or many targets.
+    """
+    size, units = unit_size(spec), unit_count(spec)
+    opening = -(-_OPENING // size)
+    if spec.estimator != "importance" or targets > _MOST_GUIDED or units < 2 * opening:
+        return ()
+    ends = {opening, max(opening, pilot_count(spec, units)), *looks(spec)}
+    learnt = opening
+    while learnt * size < MOST_LEARNT:
+        learnt *= 2
+        ends.add(min(learnt, units))
+    return tuple(sorted(end for end in ends if end >= opening))
 
 
 def enough(spec: ExplainSpec, relative_error: Iterable[float]) -> bool:

@@ -3,8 +3,10 @@
 The steps are a pure function of the spec and of the scores (the partition law): `explain()` goes through them
 one by one, a cluster hands them out to many workers, and both end with the same bits.
 
-Axes: N masks; L targets; K fills; M maps of the method (K for MC-RISE, 1 for the two RISE methods); H, W
-pixels.
+An image whose masks are picked goes through stages (`plan.stages`); any other through a pilot, whose scores
+are fitted, and sums of what that leaves of the rest.
+
+Axes: N masks; L targets.
 """
 
 from __future__ import annotations
@@ -13,59 +15,40 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float64
 
-from mcrise_ray import masks as mask_source
-from mcrise_ray.plan import Unit, enough, looks, pilot_count, unit
-from mcrise_ray.saliency import Maps, Partial, UnitSums
+from mcrise_ray.estimators import Scored, masks_of, picked_unit, residual_unit, scores_of
+from mcrise_ray.explanations import Explanation, explanation
+from mcrise_ray.guide import Guide, Picked, find_rivals, learn
+from mcrise_ray.masks import Masks
+from mcrise_ray.plan import MOST_LEARNT, Unit, enough, looks, pilot_count, stages, unit
+from mcrise_ray.saliency import Partial
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.variates import CHUNK, FRESH_PER_MASK, Features, Fit, fit_scores, fresh
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The maps of one image.
-
-    Attributes:
-        maps: `(L, M, H, W)`: MC-RISE (eq. 9): change of the score when a pixel takes the fill's colour;
-            debiased RISE (eq. 5): change when it is retained; RISE (eq. 2): mean score where it is retained.
-        raw: `(L, K, H, W)`, mean of `(K / p_mask) m_k f_n`.
-        baseline: `(L, H, W)`, mean of `m_0 / (1 - p_mask) f_n`.
-        standard_error: `(L, M, H, W)`, of each pixel of `maps`; NaN with a single mask.
-        relative_error: `(L,)`, `rms(standard_error) / rms(maps)`.
-        score: `(L,)`, of the unmasked image.
-        targets: the L class indices.
-        masks: the N used.
-        spec: what was asked for.
-    """
-
-    maps: Float32[np.ndarray, "L M H W"]
-    raw: Float32[np.ndarray, "L K H W"]
-    baseline: Float32[np.ndarray, "L H W"]
-    standard_error: Float32[np.ndarray, "L M H W"]
-    relative_error: Float64[np.ndarray, " L"]
-    score: Float64[np.ndarray, " L"]
-    targets: tuple[int, ...]
-    masks: int
-    spec: ExplainSpec
-
+from mcrise_ray.variates import Features, Fit, fit_scores
 
 # Work with arrays in it is compared by identity: it is handed out once, and again only after a loss.
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreUnit:
-    """Ask the model about one unit, and return the scores `(N, L)`."""
+    """Ask the model about one unit, and return the scores; where there is a guide, of masks that it picks,
+    with what it made of the others.
+
+    Attributes:
+        also: classes whose scores are wanted after those of the targets; None for all.
+    """
 
     unit: Unit
+    guide: Guide | None = None
+    also: tuple[int, ...] | None = ()
 
 
 @dataclass(frozen=True, eq=False)
 class SumUnit:
-    """Ask the model about one unit, and return the sums of what a fit leaves of its scores."""
+    """Ask the model about one unit, and return the sums of what a fit or a guide leaves of its scores."""
 
     unit: Unit
-    fit: Fit | None
+    fit: Fit | Guide | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,19 +58,28 @@ class Conclude:
     Attributes:
         targets, score: class indices, and their unmasked scores.
         size: (H, W) of the maps.
-        scores: of the pilot's units, to be summed, or fitted first; None where that is done.
-        total: sums so far; None where the scores are summed first.
+        scores: of units that are to be summed, and fitted first where there is no guide; None where there are
+            none.
+        total: sums of the units before those; None where there are none.
         look: finalize, and see whether it is enough.
         last: it is enough whatever comes out.
+        guide: that picked the masks of `scores`.
+        first: index of the first unit of `scores`.
+        known: scores of the units before that one, from which a guide can learn too.
+        learn: whether a guide of the next units is asked for.
     """
 
     targets: tuple[int, ...]
     score: Float64[np.ndarray, " L"]
     size: tuple[int, int]
-    scores: tuple[Float64[np.ndarray, "N L"], ...] | None
+    scores: tuple[Scored, ...] | None
     total: Partial | None
     look: bool
     last: bool
+    guide: Guide | None = None
+    first: int = 0
+    known: tuple[Scored, ...] = ()
+    learn: bool = False
 
 
 Work = ScoreUnit | SumUnit | Conclude
@@ -100,9 +92,10 @@ class Conclusion:
     explanation: Explanation | None
     fit: Fit | None
     total: Partial | None
+    guide: Guide | None = None
 
 
-WorkResult = Float64[np.ndarray, "N L"] | Partial | Conclusion
+WorkResult = Scored | Partial | Conclusion
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,17 +104,21 @@ class State:
 
     Attributes:
         look: how many looks have been passed.
-        scores: of the first units of the pilot, those without a gap.
+        scores: of the first units, those without a gap.
         fit: to the pilot of the last look; None before it.
         total: sums of the first `units` units.
         units: summed.
+        stage: how many stages have been passed.
+        guide: of the units to come; None before the first stage has been passed, and where none are picked.
     """
 
     look: int
-    scores: tuple[Float64[np.ndarray, "N L"], ...]
+    scores: tuple[Scored, ...]
     fit: Fit | None
     total: Partial
     units: int
+    stage: int = 0
+    guide: Guide | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -156,13 +153,16 @@ class Reduction:
         self._looks = tuple(looks(spec))
         if state is None:
             state = State(0, (), None, Partial.zero(spec, len(self._targets), size), 0)
-        self._look = state.look
-        self._scores: dict[int, Float64[np.ndarray, "N L"]] = dict(enumerate(state.scores))
+        self._look, self._stage, self._guide = state.look, state.stage, state.guide
+        self._scores: dict[int, Scored] = dict(enumerate(state.scores))
         self._fit, self._total, self._summed = state.fit, state.total, state.units
         self._early: dict[int, Partial] = {}
         self._concluding = False
+        # Without a guide after the first stage, the image goes on as if there were no stages.
+        self._stages = () if state.stage and not state.guide else stages(spec, len(self._targets))
         # What was begun as sums goes on as sums.
-        self._pilot = 0 if state.units and not state.fit else pilot_count(spec, self._looks[self._look])
+        summing = state.units and not (state.fit or state.guide)
+        self._pilot = 0 if summing else self._pilot_count()
         # The sums of a fitted pilot begin with those of its units; the next look's pilot is fitted anew.
         self._fitted = min(self._pilot, state.units) if state.fit is not None else 0
         self._handed_out = max(len(state.scores), state.units)
@@ -182,26 +182,21 @@ class Reduction:
         """Whether `next_work` has something to give."""
         if self.explanation is not None or self._concluding:
             return False
-        if self._handed_out < self._pilot:
+        if self._handed_out < self._until:
             return True
-        if self._fitted < self._pilot:
-            return len(self._scores) >= self._pilot
-        return self._handed_out < self._looks[self._look] or self._summed == self._looks[self._look]
+        return len(self._scores) >= self._until if self._scoring else self._summed == self._until
 
     @property
     def left(self) -> int:
         """How many units `next_work` has to give before something has to come back."""
         if self.explanation is not None or self._concluding:
             return 0
-        until = self._pilot if self._fitted < self._pilot else self._looks[self._look]
-        return max(0, until - self._handed_out)
+        return max(0, self._until - self._handed_out)
 
     @property
     def concludes(self) -> bool:
         """Whether what `next_work` has to give is a `Conclude`, for which the rest of the image waits."""
-        return self.is_ready and self._handed_out >= (
-            self._pilot if self._fitted < self._pilot else self._looks[self._look]
-        )
+        return self.is_ready and self._handed_out >= self._until
 
     def next_work(self) -> Work | None:
         """The next piece; None where something else has to come back first, or it is finished."""
@@ -209,20 +204,13 @@ class Reduction:
             return None
         if self.concludes:
             self._concluding = True
-            refit = self._fitted < self._pilot
-            look = self._looks[self._look]
-            return Conclude(
-                self._targets,
-                self._score,
-                self._size,
-                tuple(self._scores[index] for index in range(self._pilot)) if refit else None,
-                None if refit else self._total,
-                look=not refit or self._pilot == look,
-                last=self._look == len(self._looks) - 1,
-            )
+            return self._stage_end() if self._stages else self._pilot_end()
         chosen = unit(self._spec, self._handed_out)
         self._handed_out += 1
-        return ScoreUnit(chosen) if chosen.index < self._pilot else SumUnit(chosen, self._fit)
+        if chosen.index < self._pilot:
+            also = self._guide.rivals if self._guide else None if self._stages else ()
+            return ScoreUnit(chosen, self._guide, also)
+        return SumUnit(chosen, self._guide or self._fit)
 
     def works(self) -> Iterator[Work]:
         """All the work there is until something has to come back."""
@@ -235,7 +223,7 @@ class Reduction:
             assert isinstance(result, Conclusion)
             self._conclude(work, result)
         elif isinstance(work, ScoreUnit):
-            assert isinstance(result, np.ndarray)
+            assert isinstance(result, np.ndarray | Picked)
             self._scores.setdefault(work.unit.index, result)
         elif work.unit.index >= self._summed:
             assert isinstance(result, Partial)
@@ -248,7 +236,60 @@ class Reduction:
         """What is done, without what waits for something before it."""
         whole = next(n for n in range(len(self._scores) + 1) if n not in self._scores)
         scores = tuple(self._scores[index] for index in range(whole))
-        return State(self._look, scores, self._fit, self._total, self._summed)
+        return State(self._look, scores, self._fit, self._total, self._summed, self._stage, self._guide)
+
+    @property
+    def _until(self) -> int:
+        """Units before the next `Conclude`."""
+        if self._stages:
+            return self._stages[self._stage]
+        return self._pilot if self._fitted < self._pilot else self._looks[self._look]
+
+    @property
+    def _scoring(self) -> bool:
+        """Whether those that come next return scores."""
+        return self._until <= self._pilot if self._stages else self._fitted < self._pilot
+
+    def _pilot_count(self) -> int:
+        """Units that return scores."""
+        if self._stages:
+            return max(self._stages[0], pilot_count(self._spec, self._stages[-1]))
+        return pilot_count(self._spec, self._looks[self._look])
+
+    def _pilot_end(self) -> Conclude:
+        """Fit and sum a pilot from its first unit on, or look at the sums."""
+        look = self._looks[self._look]
+        return Conclude(
+            self._targets,
+            self._score,
+            self._size,
+            self._scores_of(0, self._pilot) if self._scoring else None,
+            None if self._scoring else self._total,
+            look=not self._scoring or self._pilot == look,
+            last=self._look == len(self._looks) - 1,
+        )
+
+    def _stage_end(self) -> Conclude:
+        """Sum the scores of a stage, and learn from them while there is something to learn."""
+        last = self._stage == len(self._stages) - 1
+        before = self._stages[self._stage - 1] if self._stage else 0
+        learning = not last and (not self._stage or unit(self._spec, before - 1).stop < MOST_LEARNT)
+        return Conclude(
+            self._targets,
+            self._score,
+            self._size,
+            self._scores_of(self._summed, self._until) if self._scoring else None,
+            self._total if self._stage else None,
+            look=self._until in self._looks,
+            last=last,
+            guide=self._guide,
+            first=self._summed,
+            known=self._scores_of(0, self._summed) if learning else (),
+            learn=learning,
+        )
+
+    def _scores_of(self, start: int, stop: int) -> tuple[Scored, ...]:
+        return tuple(self._scores[index] for index in range(start, stop))
 
     def _conclude(self, work: Conclude, result: Conclusion) -> None:
         if not self._concluding:
@@ -257,6 +298,9 @@ class Reduction:
         if result.explanation is not None:
             self.explanation = result.explanation
             return
+        if self._stages:
+            self._pass_stage(work, result)
+            return
         if work.scores is not None:
             assert result.total is not None
             self._fit, self._total = result.fit, result.total
@@ -264,15 +308,43 @@ class Reduction:
             self._handed_out = max(self._handed_out, self._pilot)
         if work.look:
             self._look += 1
-            self._pilot = pilot_count(self._spec, self._looks[self._look])
+            self._pilot = self._pilot_count()
+
+    def _pass_stage(self, work: Conclude, result: Conclusion) -> None:
+        self._guide = result.guide or self._guide
+        if not self._stage:  # of the scores of all classes, these were wanted
+            first = len(self._targets)
+            wanted = [
+                *range(first),
+                *(first + rival for rival in (self._guide.rivals if self._guide else ())),
+            ]
+            self._scores = {index: scores_of(scored)[:, wanted] for index, scored in self._scores.items()}
+        if self._guide is None:
+            self._stages, self._stage = (), 1
+            self._pilot = self._pilot_count()
+            return
+        if work.scores is not None:
+            assert result.total is not None
+            self._total, self._summed = result.total, self._until
+        self._stage += 1
+        self._look += work.look
 
 
 def conclude(spec: ExplainSpec, work: Conclude) -> Conclusion:
-    """Fit and sum the pilot, finalize, see whether it is enough: whatever of it is asked for."""
-    fit, total = None, work.total
-    if work.scores is not None:
-        scores = np.concatenate(work.scores)
+    """Fit, sum, finalize, learn, see whether it is enough: whatever of it is asked for."""
+    fit, guide, total = None, None, work.total
+    if work.scores is not None and work.guide is not None:
+        assert total is not None
+        for index, picked in enumerate(work.scores, start=work.first):
+            assert isinstance(picked, Picked)
+            total = total.combine(picked_unit(spec, work.size, unit(spec, index), picked, work.guide))
+    elif work.scores is not None:
+        scores = np.concatenate([scores_of(scored)[:, : len(work.targets)] for scored in work.scores])
         fit = None if spec.estimator == "paper" else fit_scores(spec, work.size, scores)
+        if work.learn:
+            guide = _learn(spec, work, fit)
+            if guide is None:
+                return Conclusion(None, None, None)
         # In one go: the sums of many targets take more time to add, unit by unit, than the masks do.
         total = residual_unit(spec, work.size, Unit(0, 0, len(scores)), scores, fit)
     assert total is not None
@@ -280,72 +352,24 @@ def conclude(spec: ExplainSpec, work: Conclude) -> Conclusion:
         found = explanation(spec, work.targets, work.score, total)
         if work.last or enough(spec, found.relative_error):
             return Conclusion(found, None, None)
-    return Conclusion(None, fit, total if work.scores is not None else None)
+    if work.learn and guide is None:
+        guide = _learn(spec, work, None)
+    return Conclusion(None, fit, total if work.scores is not None else None, guide)
 
 
-def residual_unit(
-    spec: ExplainSpec,
-    size: tuple[int, int],
-    unit: Unit,
-    scores: Float64[np.ndarray, "N L"],
-    fit: Fit | None,
-) -> Partial:
-    """The sums of one unit, or of a stretch of them, whose scores are known; no model is asked.
-
-    Masks are drawn again rather than kept: it takes microseconds.
-
-    Raises:
-        ValueError: there is a fit for the estimator `"paper"`, or none for the other.
-    """
-    if (fit is None) != (spec.estimator == "paper"):
-        raise ValueError(
-            f"expected {'no fit' if fit else 'a fit'} for the estimator {spec.estimator!r}, found "
-            f"{'one' if fit else 'none'}; see `fit_scores`"
-        )
-    sums = UnitSums(spec, scores.shape[1], size)
-    features = None if fit is None else Features(spec, size, fit.patches)
-    for start in range(unit.start, unit.stop, CHUNK):
-        stop = min(start + CHUNK, unit.stop)
-        masks = mask_source.draw(spec, start, stop)
-        left = scores[start - unit.start : stop - unit.start]
-        if fit is not None and features is not None:
-            left = left - fit.predict(features(masks), fit.rows(start, stop))[0]
-            curved = fresh(spec, fit, features, start, stop)
-            if curved is not None:
-                extra, bend = curved
-                sums.accumulate(extra, bend / FRESH_PER_MASK)
-                # One of each mask's fresh masks is sample enough of their small part of the variance.
-                sums.square(extra[::FRESH_PER_MASK], bend[::FRESH_PER_MASK] / FRESH_PER_MASK**0.5)
-        sums.accumulate(masks, left)
-        sums.square(masks, left)
-    if fit is None:
-        return sums.partial(len(unit))
-    return sums.partial(len(unit), *fit.expected(fit.rows(unit.start, unit.stop), spec.K))
-
-
-def explanation(
-    spec: ExplainSpec, targets: Sequence[int], score: Float64[np.ndarray, " L"], total: Partial
-) -> Explanation:
-    """The maps of a reduction over all units; of one target after the other, which takes less memory and so
-    less time.
-    """
-    found = (total.of_target(place).finalize(spec) for place in range(len(targets)))
-    columns = zip(*(_rounded(one) for one in found), strict=True)
-    maps, raw, baseline, standard_error, relative_error = (np.concatenate(column) for column in columns)
-    return Explanation(
-        maps=maps,
-        raw=raw,
-        baseline=baseline,
-        standard_error=standard_error,
-        relative_error=relative_error,
-        score=score,
-        targets=tuple(targets),
-        masks=total.masks,
-        spec=spec,
+def _learn(spec: ExplainSpec, work: Conclude, fit: Fit | None) -> Guide | None:
+    """A guide from all scores there are; with a fit to them, only where it promises less noise than that."""
+    assert work.scores is not None
+    everything = (*work.known, *work.scores)
+    parts = [masks_of(spec, unit(spec, index), scored) for index, scored in enumerate(everything)]
+    masks, scores = Masks.concatenate(parts), np.concatenate([scores_of(scored) for scored in everything])
+    if work.guide is not None:
+        return learn(spec, work.size, masks, scores, work.guide.rivals)
+    assert fit is not None
+    own, all_classes = scores[:, : len(work.targets)], scores[:, len(work.targets) :]
+    rivals = find_rivals(all_classes, work.targets)
+    features = Features(spec, work.size, fit.patches)(masks)
+    left = own - fit.predict(features, fit.rows(0, len(own)))[0]
+    return learn(
+        spec, work.size, masks, np.concatenate([own, all_classes[:, list(rivals)]], axis=1), rivals, left
     )
-
-
-def _rounded(maps: Maps) -> tuple[np.ndarray, ...]:
-    """In the order of `Explanation`, whose maps take half the memory."""
-    wide = (maps.maps, maps.raw, maps.baseline, maps.standard_error)
-    return (*(array.astype(np.float32) for array in wide), maps.relative_error)

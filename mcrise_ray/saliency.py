@@ -61,21 +61,29 @@ class UnitSums:
 
     def square(self, masks: Masks, scores: Float64[np.ndarray, "B L"]) -> None:
         """Add the squares of what each mask adds to the maps, at the points of `lattice`."""
+        self.add_squares(masks, scores**2)
+
+    def add_squares(self, masks: Masks, squares: Float64[np.ndarray, "B L"]) -> None:
+        """The same for squared scores, or estimates of them, which may be negative."""
         rows, columns, values = self._points
         weights = sampled(masks, self._size, rows, columns, values).square_().flatten(1)
-        squares = torch.from_numpy(scores).square().float().T @ weights
-        self._squares += squares.view(self._squares.shape).numpy()
+        added = torch.from_numpy(squares).float().T @ weights
+        self._squares += added.view(self._squares.shape).numpy()
 
     def partial(
         self,
         masks: int,
         means: Float64[np.ndarray, " L"] | None = None,
         slopes: Float64[np.ndarray, "L Y K X"] | None = None,
+        weight: float | None = None,
+        squared_weight: float | None = None,
     ) -> Partial:
         """The sums over so many masks, with what was predicted of their scores (see `Partial`)."""
         targets = len(self._score_sum)
         return Partial(
             masks,
+            float(masks) if weight is None else weight,
+            float(masks) if squared_weight is None else squared_weight,
             self._size,
             self._score_sum,
             self._buckets,
@@ -90,7 +98,9 @@ class Partial:
     """Sums over any set of whole units.
 
     Attributes:
-        masks: number of masks summed.
+        masks: number of masks that were scored.
+        weight: sum of the weights of all masks summed; each has the weight 1 where none are picked.
+        squared_weight: sum of the squares of those weights.
         size: (H, W) of the maps.
         scores: `(L,)`, sum of `f_n`, or of what a prediction left of it.
         buckets: `(L, K, sy, h, sx, w)`, the same sum over the masks of each shift that have the cell masked
@@ -101,6 +111,8 @@ class Partial:
     """
 
     masks: int
+    weight: float
+    squared_weight: float
     size: tuple[int, int]
     scores: Float64[np.ndarray, " L"]
     buckets: Float64[np.ndarray, "L K sy h sx w"]
@@ -125,6 +137,8 @@ class Partial:
             return other
         return Partial(
             self.masks + other.masks,
+            self.weight + other.weight,
+            self.squared_weight + other.squared_weight,
             self.size,
             self.scores + other.scores,
             self.buckets + other.buckets,
@@ -138,6 +152,8 @@ class Partial:
         one = slice(place, place + 1)
         return Partial(
             self.masks,
+            self.weight,
+            self.squared_weight,
             self.size,
             self.scores[one],
             self.buckets[one],
@@ -150,15 +166,16 @@ class Partial:
         """Means and standard errors (eq. 2, 5 or 9, by the method)."""
         raw, baseline = self._measured(spec)
         measured = method_maps(spec, raw, baseline)
-        predicted = expectation(spec, self.size, self.slopes) / self.masks
-        kept = self.means[:, None, None] / self.masks - (spec.p_mask / spec.K) * predicted.sum(axis=1)
+        predicted = expectation(spec, self.size, self.slopes) / self.weight
+        kept = self.means[:, None, None] / self.weight - (spec.p_mask / spec.K) * predicted.sum(axis=1)
         raw, baseline = raw + (predicted + kept[:, None]), baseline + kept
         maps = method_maps(spec, raw, baseline)
         standard_error = np.full_like(maps, np.nan)
         if self.masks > 1:
             # Rounding may leave -1e-20.
-            variance = np.maximum(self._second_moments(spec) - measured**2, 0)
-            standard_error = np.sqrt(variance / (self.masks - 1))
+            mean = measured**2 * (self.squared_weight / self.weight)
+            variance = np.maximum(self._second_moments(spec) - mean, 0) / self.weight
+            standard_error = np.sqrt(variance * (self.masks / (self.masks - 1)))
         return Maps(maps, raw, baseline, standard_error, _relative_error(maps, standard_error))
 
     def _measured(
@@ -170,7 +187,7 @@ class Partial:
         wide = torch.tensor(self.buckets).view(-1, len(columns)) @ columns  # Ray hands out read-only arrays
         masked = (rows.T @ wide.view(-1, len(rows), width)).view(-1, K, height, width).numpy()
         kept = self.scores[:, None, None] - masked.sum(axis=1)
-        return masked * (K / spec.p_mask) / self.masks, kept / (1 - spec.p_mask) / self.masks
+        return masked * (K / spec.p_mask) / self.weight, kept / (1 - spec.p_mask) / self.weight
 
     def _second_moments(self, spec: ExplainSpec) -> Float64[np.ndarray, "L M H W"]:
         """Mean square of what a mask adds to a map, at every pixel.
@@ -180,7 +197,7 @@ class Partial:
         """
         points = lattice(spec, self.size)
         weight = weight_moments(spec, self.size)
-        at_points = self.squares.transpose(0, 2, 1, 3) / self.masks / weight[np.ix_(*points)]
+        at_points = self.squares.transpose(0, 2, 1, 3) / self.weight / weight[np.ix_(*points)]
         rows, columns = _between_points(spec, self.size)
         # By torch, like all of this: the threads of two libraries would wait for each other.
         between = torch.matmul(rows, torch.from_numpy(at_points)).matmul(columns.T)

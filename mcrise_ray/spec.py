@@ -100,8 +100,10 @@ class ExplainSpec(StrictModel):
         colors: fills of MC-RISE: a palette's name, or names and `#rrggbb` codes. The two RISE methods
             have one black fill and refuse any other.
         seed: 0 to 2**64 - 1.
-        estimator: `"control-variate"` has the same expectation with far less noise: what can be predicted of
-            a score is taken out of the sums and put back exactly. `"paper"` is equation 9 to the letter.
+        estimator: `"paper"` is equation 9 to the letter. The others have the same expectation with far less
+            noise: `"control-variate"` takes what can be predicted of a score out of the sums and puts it back
+            exactly; `"importance"` also picks the masks that the model is asked about, where there are enough
+            of them to learn from and scores are probabilities.
         relative_error: stop as soon as every map has it (see `Explanation.relative_error`).
 
     Raises:
@@ -114,7 +116,7 @@ class ExplainSpec(StrictModel):
     p_mask: float = 0.5
     colors: tuple[str, ...] = PALETTES["paper5"]
     seed: int = 0
-    estimator: Literal["control-variate", "paper"] = "control-variate"
+    estimator: Literal["importance", "control-variate", "paper"] = "importance"
     relative_error: float | None = None
 
     @model_validator(mode="before")

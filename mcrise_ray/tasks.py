@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from mcrise_ray.embed import GalleryRow
+from mcrise_ray.explanations import Explanation
 from mcrise_ray.faults import Fault
 from mcrise_ray.images import ImageRef
-from mcrise_ray.reduction import Conclude, Explanation, State, Work, WorkResult
+from mcrise_ray.reduction import Conclude, State, Work, WorkResult
 from mcrise_ray.store import ErrorRow
 
 

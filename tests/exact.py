@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from mcrise_ray.masks import Masks, cell_size, one_per_fill, overlap_kernels, sampled, upsampling_tables
+from mcrise_ray.estimators import residual_unit
+from mcrise_ray.explanations import Explanation, explanation
+from mcrise_ray.guide import Picked, choose
+from mcrise_ray.masks import Masks, cell_size, draw, one_per_fill, overlap_kernels, sampled, upsampling_tables
 from mcrise_ray.plan import unit, unit_count
-from mcrise_ray.reduction import Explanation, explanation, residual_unit
+from mcrise_ray.reduction import Conclude, Reduction, ScoreUnit, Work, WorkResult, conclude
 from mcrise_ray.saliency import Maps, UnitSums, method_maps
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import fit_scores
@@ -66,3 +69,37 @@ def explained(
         total = total.combine(part)
     targets = range(known[0].shape[1])
     return explanation(spec, targets, np.zeros(len(targets)), total)
+
+
+def picked(
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    scores: Callable[[Masks], np.ndarray],
+    targets: Sequence[int] = (0,),
+) -> Explanation:
+    """`explain()` of scores `(N, classes)` that are given for masks, without images."""
+    reduction = Reduction(spec, targets, np.zeros(len(targets)), size)
+    while reduction.explanation is None:
+        for work in reduction.works():
+            reduction.take(work, done(spec, size, work, scores, targets))
+    return reduction.explanation
+
+
+def done(
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    work: Work,
+    scores: Callable[[Masks], np.ndarray],
+    targets: Sequence[int],
+) -> WorkResult:
+    """What a worker would return."""
+    if isinstance(work, Conclude):
+        return conclude(spec, work)
+    assert isinstance(work, ScoreUnit)
+    if work.guide is None:
+        found = scores(draw(spec, work.unit.start, work.unit.stop))
+        also = range(found.shape[1]) if work.also is None else work.also
+        return found[:, [*targets, *also]]
+    choice, masks = choose(spec, size, work.guide, work.unit)
+    assert work.also is not None
+    return Picked(**vars(choice), scores=scores(masks)[:, [*targets, *work.also]])

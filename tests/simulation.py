@@ -49,7 +49,17 @@ def true_value(image_id: str, unit: Unit) -> float:
 def partial(masks: int, value: float) -> Partial:
     """Sums that hold one number."""
     none = np.zeros((1, 0, 1, 0))
-    return Partial(masks, (1, 1), np.array([value]), np.zeros((1, 1, 1, 1, 1, 1)), none, np.zeros(1), none)
+    return Partial(
+        masks,
+        float(masks),
+        float(masks),
+        (1, 1),
+        np.array([value]),
+        np.zeros((1, 1, 1, 1, 1, 1)),
+        none,
+        np.zeros(1),
+        none,
+    )
 
 
 @dataclass

@@ -312,7 +312,7 @@ def test_what_an_image_waits_for_goes_before_everything_else() -> None:
 
 
 def test_scores_are_fitted_before_sums_are_asked_for() -> None:
-    spec = ExplainSpec(masks=20000, colors="black")
+    spec = ExplainSpec(masks=20000, colors="black", estimator="control-variate")
     ledger = Ledger(refs("a"), spec, 64)
     inspect(ledger)
     scored, works = [], []

@@ -235,7 +235,9 @@ def test_sums_of_a_hundred_million_masks_are_as_good_as_exact(rng: np.random.Gen
     for value in unit_sums:
         buckets = np.full((1, 1, 1, 1, 1, 1), value)
         none = np.zeros((1, 0, 1, 0))
-        total = total.combine(Partial(4096, (1, 1), np.array([value]), buckets, none, np.zeros(1), none))
+        total = total.combine(
+            Partial(4096, 4096.0, 4096.0, (1, 1), np.array([value]), buckets, none, np.zeros(1), none)
+        )
     exact = Fraction(0)
     for value in unit_sums:
         exact += Fraction(float(value))

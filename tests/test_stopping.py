@@ -121,7 +121,7 @@ def test_stops_where_the_error_is_reached(estimator: str) -> None:
 
 def test_maps_are_those_of_as_many_masks_asked_for_outright() -> None:
     """Whatever was looked at on the way leaves no trace."""
-    spec = ExplainSpec(relative_error=0.04, grid=(2, 2))
+    spec = ExplainSpec(relative_error=0.04, grid=(2, 2), estimator="control-variate")
     stopped = mr.explain(curved, IMAGE, 0, spec)
     assert stopped.masks > 1024
     outright = mr.explain(curved, IMAGE, 0, ExplainSpec(masks=stopped.masks, grid=(2, 2)))

@@ -13,9 +13,11 @@ from torch import Tensor
 
 import mcrise_ray as mr
 from mcrise_ray import plan
+from mcrise_ray.estimators import residual_unit
 from mcrise_ray.explainer import Subject, perform, run_unit
+from mcrise_ray.explanations import explanation
 from mcrise_ray.masks import draw
-from mcrise_ray.reduction import ScoreUnit, explanation, residual_unit
+from mcrise_ray.reduction import ScoreUnit
 from mcrise_ray.saliency import Partial, lattice, method_weights, weight_moments
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import FOLDS, Features, Fit, expectation, fit_scores, patches
@@ -52,7 +54,7 @@ def test_closed_form_is_the_sum_over_every_mask(method: str, colors: str, p_mask
     exact = enumerated(spec, SMALL, lambda masks: 0.3 + features(masks) @ slopes.ravel())
     nothing = Partial.zero(spec, 1, SMALL)
     closed = Partial(
-        1, SMALL, nothing.scores, nothing.buckets, nothing.squares, np.array([0.3]), slopes
+        1, 1.0, 1.0, SMALL, nothing.scores, nothing.buckets, nothing.squares, np.array([0.3]), slopes
     ).finalize(spec)
     for name in ("maps", "raw", "baseline"):
         np.testing.assert_allclose(getattr(closed, name), getattr(exact, name), atol=1e-12)
@@ -159,7 +161,7 @@ def test_masks_after_the_pilot_are_predicted_by_all_of_it() -> None:
 def test_order_of_the_work_changes_no_bit(monkeypatch: pytest.MonkeyPatch, masks: int) -> None:
     """Scores, fit, and sums as a cluster would do them: shuffled, twice, and through pickles."""
     monkeypatch.setattr(plan, "_PILOT", 1024)
-    spec = spec_of("mc-rise", "red,blue", masks=masks)
+    spec = spec_of("mc-rise", "red,blue", masks=masks, estimator="control-variate")
     oracle = mr.explain(steep, IMAGE, 0, spec)
     units, count = list(plan.units(spec)), plan.pilot_count(spec, plan.unit_count(spec))
     assert (count < len(units)) == (masks > 1024)

@@ -1,0 +1,100 @@
+"""Scores that are known to sums: what each estimator makes of the masks of a unit; no model is asked.
+
+Axes: N masks; L targets.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float64
+
+from mcrise_ray import masks as mask_source
+from mcrise_ray.guide import CANDIDATES, Guide, Picked, candidates
+from mcrise_ray.masks import Masks
+from mcrise_ray.plan import Unit
+from mcrise_ray.saliency import Partial, UnitSums
+from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.variates import CHUNK, FRESH_PER_MASK, Features, Fit, fresh
+
+Scored = Float64[np.ndarray, "N L"] | Picked  # what came of asking the model about one unit
+
+
+def scores_of(scored: Scored) -> Float64[np.ndarray, "N L"]:
+    """The scores alone."""
+    return scored.scores if isinstance(scored, Picked) else scored
+
+
+def masks_of(spec: ExplainSpec, unit: Unit, scored: Scored) -> Masks:
+    """The masks that were scored."""
+    if isinstance(scored, Picked):
+        return candidates(spec, unit)[scored.picked]
+    return mask_source.draw(spec, unit.start, unit.stop)
+
+
+def residual_unit(
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    unit: Unit,
+    scores: Float64[np.ndarray, "N L"],
+    fit: Fit | None,
+) -> Partial:
+    """The sums of one unit, or of a stretch of them, whose masks nobody picked.
+
+    Masks are drawn again rather than kept: it takes microseconds.
+
+    Raises:
+        ValueError: there is a fit for the estimator `"paper"`, or none for another.
+    """
+    if (fit is None) != (spec.estimator == "paper"):
+        raise ValueError(
+            f"expected {'no fit' if fit else 'a fit'} for the estimator {spec.estimator!r}, found "
+            f"{'one' if fit else 'none'}; see `fit_scores`"
+        )
+    sums = UnitSums(spec, scores.shape[1], size)
+    features = None if fit is None else Features(spec, size, fit.patches)
+    for start in range(unit.start, unit.stop, CHUNK):
+        stop = min(start + CHUNK, unit.stop)
+        masks = mask_source.draw(spec, start, stop)
+        left = scores[start - unit.start : stop - unit.start]
+        if fit is not None and features is not None:
+            left = left - fit.predict(features(masks), fit.rows(start, stop))[0]
+            curved = fresh(spec, fit, features, start, stop)
+            if curved is not None:
+                extra, bend = curved
+                sums.accumulate(extra, bend / FRESH_PER_MASK)
+                # One of each mask's fresh masks is sample enough of their small part of the variance.
+                sums.square(extra[::FRESH_PER_MASK], bend[::FRESH_PER_MASK] / FRESH_PER_MASK**0.5)
+        sums.accumulate(masks, left)
+        sums.square(masks, left)
+    if fit is None:
+        return sums.partial(len(unit))
+    return sums.partial(len(unit), *fit.expected(fit.rows(unit.start, unit.stop), spec.K))
+
+
+def picked_unit(
+    spec: ExplainSpec, size: tuple[int, int], unit: Unit, picked: Picked, guide: Guide
+) -> Partial:
+    """The sums of one unit whose masks a guide picked (see `mcrise_ray.guide`).
+
+    Each candidate adds `g - l`, and each mask picked `(f - g) / odds` besides.
+    """
+    masks = candidates(spec, unit)
+    targets = len(guide.means)
+    sums = UnitSums(spec, targets, size)
+    weight = guide.weight / CANDIDATES
+    for start in range(0, len(masks), CHUNK):
+        part = slice(start, start + CHUNK)
+        sums.accumulate(masks[part], weight * picked.bend[part])
+    # Of the squares of `g - l` alone, one candidate in so many is sample enough.
+    sums.square(masks[::CANDIDATES], weight * CANDIDATES**0.5 * picked.bend[::CANDIDATES])
+    own, left = masks[picked.picked], (picked.scores[:, :targets] - picked.best) / picked.odds[:, None]
+    bend = picked.bend[picked.picked]
+    sums.accumulate(own, weight * left)
+    sums.add_squares(own, weight**2 * (left**2 + 2 * bend * left))
+    return sums.partial(
+        len(unit),
+        weight * len(masks) * guide.means,
+        weight * len(masks) * guide.slopes.reshape(-1, guide.patches[0], spec.K, guide.patches[1]),
+        weight=weight * len(masks),
+        squared_weight=weight**2 * len(masks),
+    )

@@ -1,0 +1,298 @@
+"""Which masks are worth asking the model about: importance sampling by what the masks scored so far tell.
+
+Scores of rare events are close to zero for most masks, and linear predictions explain little of them; but
+their logits can be predicted well enough to say of any mask how uncertain its score is. A `Guide` looks at
+`CANDIDATES` masks for each one that is scored, and picks masks with odds in proportion to that uncertainty.
+With `g` the predicted score and `l` linear in the coverages,
+
+    S = E[eq9[l]] + mean of eq9[g - l] + mean of eq9[(f - g) / odds where picked, else 0]
+
+with means over candidates, which is unbiased whatever was predicted: the first term has a closed form, the
+second needs no model, and the third is a Horvitz-Thompson sum. Masks that a guide has learnt from are never
+candidates of it.
+
+Where classes exclude each other, a target's logit is also predicted from the logarithms of its own
+probability and of its rivals': these follow from the masks more simply than their difference does.
+
+Axes: N masks scored or picked; C candidates; S masks learnt from; L targets; R rivals; Q quantities that are
+predicted; D features (see `variates`), of which a window has V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from mcrise_ray.kernels import Windows, kernel_ridge
+from mcrise_ray.masks import Masks, draw, uniform
+from mcrise_ray.plan import MOST_LEARNT, Unit
+from mcrise_ray.regression import Basis, logistic, ridge
+from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.variates import Features, patches
+
+CANDIDATES = 8  # for each mask that is picked
+
+_FIRST_CANDIDATE = 1 << 59  # the index of the first candidate, beyond every mask that can be asked for
+_FIRST_FRESH = 3 << 58  # the same of the masks that the linear part is fitted on
+_FRESH_PER_FEATURE = 4  # of those
+_FLOOR = 0.1  # share of the odds that is the same for all masks, so that no weight exceeds ten
+_WORTH = 0.95  # of the variance that cross-fitted predictions leave, at most, or they are kept
+_ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
+_NOT_ONE = 1e-2  # how far the sum of probabilities may lie from 1: bfloat16 rounds them
+_RIVALS = 7
+_CHUNK = 512  # masks predicted at a time
+_KEPT = 4  # guides whose windows a worker keeps: they take 6 MiB each
+_SMALLEST = 1e-6  # of the way between the bounds; a score nearer than this to one of them has no finite logit
+_NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(21)
+_NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """Predictions of scores by their likeness to scores that are known: kernel ridge regression of logits.
+
+    The kernel is a sum, over overlapping windows of the image, of Gaussians of the features in each: what
+    neighbouring cells do together is learnt, and what cells far apart do is added up.
+
+    Attributes:
+        learnt: the S masks.
+        patches: (Y, X), of the features.
+        scale: standard deviation of a feature.
+        weights: `(S, Q)`, of the kernels in the logits of the targets and, where there are rivals, in the
+            logarithms of all probabilities.
+        constants: `(Q,)`, of the same.
+        mix: `(L, 2)` or `(L, 3)`, how a logit comes of them (see `_inputs`).
+        rivals: classes whose scores are wanted too.
+        spread: `(L,)`, standard deviation of what is left of the logits.
+        means: `(L,)`, the constant of `l`.
+        slopes: `(L, D)`, its slopes.
+        variance: `(L,)`, mean variance of a score around its prediction.
+    """
+
+    learnt: Masks
+    patches: tuple[int, int]
+    scale: float
+    weights: Float64[np.ndarray, "S Q"]
+    constants: Float64[np.ndarray, " Q"]
+    mix: Float64[np.ndarray, "L inputs"]
+    rivals: tuple[int, ...]
+    spread: Float64[np.ndarray, " L"]
+    means: Float64[np.ndarray, " L"]
+    slopes: Float64[np.ndarray, "L D"]
+    variance: Float64[np.ndarray, " L"]
+
+    @property
+    def weight(self) -> float:
+        """Of a mask picked, beside 1 of one that nobody picked: its score tells that much more, or more.
+
+        It depends on nothing that was scored: if what seems luckier weighed more, the maps would be biased.
+        """
+        return 1.6 + 0.3 * float(np.log2(max(len(self.learnt), 512) / 512))
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a guide makes of the candidates of one unit.
+
+    Attributes:
+        picked: `(N,)`, places of the masks to be scored among the candidates.
+        odds: `(N,)`, the probability with which each of them was picked.
+        best: `(N, L)`, `g` of each of them.
+        bend: `(C, L)`, `g - l` of every candidate.
+    """
+
+    picked: Int64[np.ndarray, " N"]
+    odds: Float64[np.ndarray, " N"]
+    best: Float64[np.ndarray, "N L"]
+    bend: Float64[np.ndarray, "C L"]
+
+
+@dataclass(frozen=True, eq=False)
+class Picked(Choice):
+    """A choice, with the scores of the masks picked: of the targets, then of their rivals."""
+
+    scores: Float64[np.ndarray, "N L+R"]
+
+
+def candidates(spec: ExplainSpec, unit: Unit) -> Masks:
+    """The masks among which those of a unit are picked; no mask is a candidate of two units."""
+    return draw(spec, _FIRST_CANDIDATE + CANDIDATES * unit.start, _FIRST_CANDIDATE + CANDIDATES * unit.stop)
+
+
+def choose(spec: ExplainSpec, size: tuple[int, int], guide: Guide, unit: Unit) -> tuple[Choice, Masks]:
+    """As many of a unit's candidates as it has masks, and these masks: a pure function of its arguments.
+
+    Every candidate is picked with its own odds exactly, by systematic sampling.
+    """
+    masks = candidates(spec, unit)
+    best, doubt, line = predict(spec, size, guide, masks)
+    odds = _odds((doubt / np.maximum(guide.variance, 1e-300)).sum(axis=1) ** 0.5, len(unit))
+    until = np.cumsum(odds)
+    ticks = uniform(spec, _FIRST_CANDIDATE + CANDIDATES * unit.start) + np.arange(len(unit))
+    picked = np.minimum(np.searchsorted(until, ticks, side="right"), len(masks) - 1)
+    return Choice(picked, odds[picked], best[picked], best - line), masks[picked]
+
+
+def predict(
+    spec: ExplainSpec, size: tuple[int, int], guide: Guide, masks: Masks
+) -> tuple[Float64[np.ndarray, "C L"], Float64[np.ndarray, "C L"], Float64[np.ndarray, "C L"]]:
+    """`g` of any masks, the variance of scores around it, and `l`."""
+    features = Features(spec, size, guide.patches)
+    learnt = guide.learnt.cells.tobytes(), guide.learnt.shift_words.tobytes()
+    windows = _windows_of(spec, size, guide.patches, guide.scale, *learnt)
+    best, doubt, line = (np.empty((len(masks), len(guide.means))) for _ in range(3))
+    for start in range(0, len(masks), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        found = features(masks[part])
+        line[part] = guide.means + found @ guide.slopes.T
+        known = guide.constants + windows.similar(found, guide.weights)
+        best[part], doubt[part] = _moments(_mixed(guide.mix, known), guide.spread)
+    return best, doubt, line
+
+
+def learn(
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    masks: Masks,
+    scores: Float64[np.ndarray, "N L+R"],
+    rivals: tuple[int, ...] = (),
+    left: Float64[np.ndarray, "N L"] | None = None,
+) -> Guide | None:
+    """A guide from all scores that are known, or the newest where they are too many.
+
+    Args:
+        spec: decides the features.
+        size: (H, W).
+        masks: all masks that were scored; how they were picked does not matter.
+        scores: of theirs, for the targets, then for the rivals.
+        rivals: R other classes, which must exclude each other and the targets.
+        left: what predictions of another kind, made without seeing it, leave of each score.
+
+    Returns:
+        None where scores are not probabilities, or all the same, or the other predictions promise less noise.
+    """
+    targets = scores.shape[1] - len(rivals)
+    low, high = scores.min(), scores.max()
+    if low < -_ROUNDING or high > 1 + _ROUNDING or np.ptp(scores[:, :targets], axis=0).max() == 0:
+        return None
+    masks, scores = masks[-MOST_LEARNT:], scores[-MOST_LEARNT:]
+    grid = patches(spec, size, MOST_LEARNT)
+    known = Features(spec, size, grid)(masks)
+    scale = float(known.std())
+    windows = Windows.of(known, (grid[0], spec.K, grid[1]), scale)
+    share = np.clip(scores[:, :targets], _SMALLEST, 1 - _SMALLEST)
+    truth = np.log(share / (1 - share))
+    constants, weights, unseen = kernel_ridge(
+        windows.alike(known), np.concatenate([truth, _logarithms(scores)], axis=1) if rivals else truth
+    )
+    # How far predictions are to be believed is judged by masks that are predicted without their own scores.
+    inputs = _inputs(unseen, targets)
+    mix = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(inputs, truth.T, strict=True)])
+    spread = (truth - _mixed(mix, unseen)).std(axis=0)
+
+    basis, fresh = _fresh_features(spec, size, grid)
+    best, doubt = _moments(_mixed(mix, constants + windows.similar(fresh, weights)), spread)
+    variance = doubt.mean(axis=0)
+    if left is not None:
+        gain = (doubt**0.5).mean(axis=0) ** 2 / np.maximum(variance, 1e-300)
+        mine = ((scores[:, :targets] - _moments(_mixed(mix, unseen), spread)[0]) ** 2).mean(axis=0) * gain
+        theirs = (left[-MOST_LEARNT:] ** 2).mean(axis=0)
+        if not (mine / np.maximum(theirs, 1e-300)).mean() < _WORTH:
+            return None
+    line = ridge(basis, fresh, best, np.ones(len(fresh), dtype=bool))
+    return Guide(
+        masks, grid, scale, weights, constants, mix, rivals, spread, line.means, line.slopes, variance
+    )
+
+
+def find_rivals(everything: Float64[np.ndarray, "N classes"], targets: Sequence[int]) -> tuple[int, ...]:
+    """The classes that score most behind masks, but for the targets; none where they do not exclude each
+    other, that is, where the scores of a mask do not sum to 1.
+    """
+    if not everything.size or np.abs(everything.sum(axis=1) - 1).max() > _NOT_ONE:
+        return ()
+    order = np.argsort(-everything.mean(axis=0), kind="stable").tolist()
+    return tuple(sorted([index for index in order if index not in targets][:_RIVALS]))
+
+
+def _logarithms(scores: Float64[np.ndarray, "N L+R"]) -> Float64[np.ndarray, "N L+R+1"]:
+    """Of the probabilities, and of all others together; from their mean, as logits of a softmax are known."""
+    rest = 1 - scores.sum(axis=1, keepdims=True)
+    logs = np.log(np.clip(np.concatenate([scores, rest], axis=1), _SMALLEST, 1))
+    centred: np.ndarray = logs - logs.mean(axis=1, keepdims=True)
+    return centred
+
+
+def _inputs(known: Float64[np.ndarray, "N Q"], targets: int) -> Float64[np.ndarray, "L N inputs"]:
+    """What the logit of each target is a mixture of: 1, its own prediction, and where there are rivals the
+    logit of the softmax of the predicted logarithms.
+    """
+    own, logs = known[:, :targets].T, known[:, targets:]
+    columns = [np.ones_like(own), own]
+    if logs.shape[1]:
+        others = [np.delete(logs, target, axis=1) for target in range(targets)]
+        top = [other.max(axis=1) for other in others]
+        columns.append(
+            np.stack(
+                [
+                    logs[:, target] - top[target] - np.log(np.exp(other - top[target][:, None]).sum(axis=1))
+                    for target, other in enumerate(others)
+                ]
+            )
+        )
+    return np.stack(columns, axis=2)
+
+
+def _mixed(
+    mix: Float64[np.ndarray, "L inputs"], known: Float64[np.ndarray, "N Q"]
+) -> Float64[np.ndarray, "N L"]:
+    """The logits of the targets."""
+    mixed: np.ndarray = np.einsum("lni,li->nl", _inputs(known, len(mix)), mix)
+    return mixed
+
+
+@lru_cache(maxsize=_KEPT)
+def _windows_of(
+    spec: ExplainSpec, size: tuple[int, int], grid: tuple[int, int], scale: float, cells: bytes, words: bytes
+) -> Windows:
+    """Those of the masks that a guide has learnt from; it comes anew with every call, they do not."""
+    learnt = Masks(
+        np.frombuffer(cells, np.uint8).reshape(-1, *spec.grid).copy(),
+        np.frombuffer(words, np.uint64).reshape(-1, 2),
+    )
+    return Windows.of(Features(spec, size, grid)(learnt), (grid[0], spec.K, grid[1]), scale)
+
+
+@lru_cache(maxsize=_KEPT)
+def _fresh_features(
+    spec: ExplainSpec, size: tuple[int, int], grid: tuple[int, int]
+) -> tuple[Basis, Float64[np.ndarray, "N D"]]:
+    """Masks that no model sees, the same for all images: on them predictions are made linear."""
+    count = _FRESH_PER_FEATURE * spec.K * grid[0] * grid[1]
+    found = Features(spec, size, grid)(draw(spec, _FIRST_FRESH, _FIRST_FRESH + count))
+    return Basis.of(count, found.sum(axis=0), found.T @ found), found
+
+
+def _moments(
+    logits: Float64[np.ndarray, "N L"], spread: Float64[np.ndarray, " L"]
+) -> tuple[Float64[np.ndarray, "N L"], Float64[np.ndarray, "N L"]]:
+    """Mean and variance of a probability whose logit is normally distributed (Gauss-Hermite quadrature)."""
+    shares = logistic(logits[..., None] + spread[:, None] * _NODES)
+    mean: np.ndarray = shares @ _NODE_WEIGHTS
+    return mean, np.maximum((shares**2) @ _NODE_WEIGHTS - mean**2, 0)
+
+
+def _odds(doubt: Float64[np.ndarray, " C"], count: int) -> Float64[np.ndarray, " C"]:
+    """Probabilities that sum to `count`, in proportion to the doubt but for a floor, and at most 1."""
+    mean = doubt.mean()
+    share = (1 - _FLOOR) * doubt / mean + _FLOOR if mean > 0 else np.ones(len(doubt))
+    certain = np.zeros(len(doubt), dtype=bool)
+    while True:
+        odds = np.where(certain, 1.0, share * (count - certain.sum()) / share[~certain].sum())
+        if not (odds > 1).any():
+            return odds
+        certain |= odds > 1

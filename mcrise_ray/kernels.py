@@ -1,0 +1,130 @@
+"""How alike masks are, and kernel ridge regression on that: what neighbouring cells do together is learnt.
+
+The kernel is a mean, over overlapping windows of the image, of Gaussians of the features in each window.
+
+Axes: N masks; S masks learnt from; Q quantities that are predicted; D features, which are Y patch rows, K
+fills and X patch columns, and of which a window has V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64
+from torch import Tensor
+
+_WIDTH = 0.85  # of the kernel, in mean squared differences of features of a window
+_WINDOWS = 3  # along each axis; each spans half of it
+_STRENGTHS = 10.0 ** np.arange(-3, 2.1, 0.5)  # of the ridge; a mask is alike to itself by 1
+_CHOSEN_BY = 512  # masks by which the ridge is chosen: eigenvectors of more take seconds
+_AT_ONCE = 256  # masks compared with those learnt from at a time, so that the products stay in the cache
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Masks as the kernel sees them: per window, the features and half their squares, so that one product
+    gives the exponents.
+    """
+
+    right: tuple[Float32[Tensor, "V S"], ...]
+    shape: tuple[int, int, int]
+    scale: float
+
+    @staticmethod
+    def of(features: Float64[np.ndarray, "S D"], shape: tuple[int, int, int], scale: float) -> Windows:
+        """Of masks with the given features, whose axes are (Y, K, X)."""
+        sides = (_sides(part)[1] for part in _parts(features, shape, scale))
+        return Windows(tuple(side.T.contiguous() for side in sides), shape, scale)
+
+    def alike(self, features: Float64[np.ndarray, "N D"]) -> Float64[Tensor, "N S"]:
+        """How alike other masks are to each of these, between 0 and 1."""
+        found = torch.empty(len(features), self.right[0].shape[1], dtype=torch.float64)
+        for part, total in self._totals(features):
+            found[part] = total
+        return found
+
+    def similar(
+        self, features: Float64[np.ndarray, "N D"], weights: Float64[np.ndarray, "S Q"]
+    ) -> Float64[np.ndarray, "N Q"]:
+        """How alike other masks are to these, each of these times its weight."""
+        weight = torch.from_numpy(weights).float()
+        found = np.empty((len(features), weights.shape[1]))
+        for part, total in self._totals(features):
+            found[part] = (total @ weight).numpy()
+        return found
+
+    def _totals(
+        self, features: Float64[np.ndarray, "N D"]
+    ) -> Iterator[tuple[slice, Float32[Tensor, "part S"]]]:
+        """Rows of `alike`, a few at a time, in a buffer that the next ones overwrite: new memory would take
+        as long as the products.
+        """
+        one, total = torch.empty(2, min(_AT_ONCE, len(features)), self.right[0].shape[1])
+        for start in range(0, len(features), _AT_ONCE):
+            part = slice(start, min(start + _AT_ONCE, len(features)))
+            windows = _parts(features[part], self.shape, self.scale)
+            rows = slice(len(windows[0]))
+            for place, (window, right) in enumerate(zip(windows, self.right, strict=True)):
+                into = one[rows] if place else total[rows]
+                torch.mm(_sides(window)[0], right, out=into).exp2_()
+                if place:
+                    total[rows].add_(into)
+            yield part, total[rows].div_(len(self.right))
+
+
+def _parts(
+    features: Float64[np.ndarray, "N D"], shape: tuple[int, int, int], scale: float
+) -> list[Float32[Tensor, "N V"]]:
+    """The features in each window, of such a size that the kernel is `2 ** (-|a - b|**2 / 2)`: powers of two
+    are computed fastest.
+    """
+    spans, places = zip(*(_along(count) for count in (shape[0], shape[2])), strict=True)
+    images = torch.from_numpy(features).float().view(-1, *shape)
+    width = scale * (_WIDTH * spans[0] * shape[1] * spans[1] * np.log(2)) ** 0.5
+    return [
+        (images[:, y : y + spans[0], :, x : x + spans[1]] / width).flatten(1)
+        for y in places[0]
+        for x in places[1]
+    ]
+
+
+def _along(count: int) -> tuple[int, list[int]]:
+    """Length and places of the windows along an axis."""
+    span = -(-count // 2)
+    return span, sorted({round(place) for place in np.linspace(0, count - span, _WINDOWS)})
+
+
+def _sides(window: Float32[Tensor, "N V"]) -> tuple[Float32[Tensor, "N W"], Float32[Tensor, "N W"]]:
+    """What has to be multiplied for `-|a - b|**2 / 2`."""
+    half, one = (window**2).sum(dim=1, keepdim=True) / 2, torch.ones(len(window), 1)
+    return torch.cat([window, -half, one], dim=1), torch.cat([window, one, -half], dim=1)
+
+
+def kernel_ridge(
+    alike: Float64[Tensor, "S S"], truth: Float64[np.ndarray, "S Q"]
+) -> tuple[Float64[np.ndarray, " Q"], Float64[np.ndarray, "S Q"], Float64[np.ndarray, "S Q"]]:
+    """Constants, weights, and what each mask is predicted to have by a fit to all the others.
+
+    The ridge is the one with the least error of such predictions of some of the masks. It does not depend on
+    their number: it is the noise of a score in units of the kernel.
+    """
+    constants = truth.mean(axis=0)
+    around = torch.from_numpy(truth - constants)
+    some = slice(-min(len(alike), _CHOSEN_BY), None)
+    values, vectors = torch.linalg.eigh(alike[some, some])
+    along = vectors.T @ around[some]
+    scale = around.square().sum(dim=0).clamp_min(1e-300)
+    errors = []
+    for strength in _STRENGTHS:
+        shrunk = 1 / (values.clamp_min(0) + strength)
+        left = vectors @ (shrunk[:, None] * along) / (vectors.square() @ shrunk)[:, None]
+        errors.append(float((left.square().sum(dim=0) / scale).sum()))
+    ridged = alike.clone()
+    ridged.diagonal().add_(_STRENGTHS[int(np.argmin(errors))])
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged))
+    weights = inverse @ around
+    left = weights / inverse.diagonal()[:, None]
+    return constants, weights.numpy(), constants + (around - left).numpy()

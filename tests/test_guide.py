@@ -1,0 +1,357 @@
+"""Importance sampling: which masks are picked, and that the maps keep their expectation and their errors."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exact import done, enumerated, picked, pixels
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mcrise_ray as mr
+from mcrise_ray import guide as guides
+from mcrise_ray import masks as mask_source
+from mcrise_ray import plan, reduction
+from mcrise_ray.checkpoints import Checkpoints
+from mcrise_ray.estimators import picked_unit
+from mcrise_ray.explainer import Subject, perform, run_unit
+from mcrise_ray.guide import CANDIDATES, Guide, Picked, candidates, choose, find_rivals, learn, predict
+from mcrise_ray.kernels import Windows, kernel_ridge
+from mcrise_ray.masks import Masks, draw
+from mcrise_ray.plan import Unit, looks, stages, unit, unit_count
+from mcrise_ray.reduction import Conclude, Reduction, ScoreUnit, SumUnit
+from mcrise_ray.saliency import method_maps
+from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.store import Store
+from mcrise_ray.tasks import Inspection, Saved, Target
+
+GOLDEN_TICKS = [0.38900457066483796, 0.9339474069420248]  # of masks 0 and 1 of the default spec
+SMALL = (4, 5)
+IMAGE = np.random.default_rng(2).integers(0, 256, (*SMALL, 3), dtype=np.uint8)
+METHODS = [("mc-rise", "red,blue"), ("debiased-rise", "black"), ("rise", "black")]
+
+
+def spec_of(method: str, colors: str, **settings: object) -> ExplainSpec:
+    return ExplainSpec(method=method, colors=colors, **{"grid": (2, 2), **settings})
+
+
+def rare(spec: ExplainSpec, size: tuple[int, int]) -> Callable[[Masks], np.ndarray]:
+    """Probabilities of three classes, of which the first is close to 0 behind most masks."""
+    weights = np.random.default_rng(1).normal(size=(3, spec.K, *size)) * 2.7 / np.prod(size) ** 0.5
+
+    def scores(masks: Masks) -> np.ndarray:
+        logits = np.einsum("nkyx,ckyx->nc", pixels(spec, size, masks), weights) * 6 + np.array([-5, 0, 0])
+        shares: np.ndarray = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        return shares
+
+    return scores
+
+
+def a_guide(spec: ExplainSpec, size: tuple[int, int], masks: int = 256) -> Guide:
+    known = draw(spec, 0, masks)
+    guide = learn(spec, size, known, rare(spec, size)(known), rivals=(1, 2))
+    assert guide is not None
+    return guide
+
+
+@pytest.fixture
+def short_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages of 128, 256 and 512 masks, which take little time."""
+    monkeypatch.setattr(plan, "_OPENING", 128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "targets", "ends"),
+    [
+        ({"masks": 4000}, 1, [512, 1024, 2048, 4000]),
+        ({"masks": 4000}, 8, [512, 1024, 2048, 4000]),
+        ({"masks": 4000}, 9, []),
+        ({"masks": 4000, "estimator": "control-variate"}, 1, []),
+        ({"masks": 4000, "estimator": "paper"}, 1, []),
+        ({"masks": 900}, 1, []),
+        ({"masks": 1024}, 1, [512, 1024]),
+        ({"masks": 20_000}, 1, [640, 1280, 2560, 16_000, 20_000]),
+        ({"masks": 10**9}, 1, [4096, 16_384, 10**9]),
+        ({"masks": 3000, "relative_error": 0.1}, 1, [512, 1024, 1536, 2048, 2944, 3000]),
+    ],
+)
+def test_stages(settings: dict[str, float], targets: int, ends: list[int]) -> None:
+    spec = ExplainSpec(**settings)
+    found = stages(spec, targets)
+    assert [unit(spec, end - 1).stop for end in found] == ends
+    if ends:
+        assert set(looks(spec)) <= set(found)
+        assert found[-1] == unit_count(spec)
+
+
+@pytest.mark.usefixtures("short_opening")
+@pytest.mark.parametrize(
+    ("method", "colors", "p_mask"), [("mc-rise", "red,blue", 0.5), ("rise", "black", 0.3)]
+)
+def test_unbiased_over_200_seeds_and_says_how_far_off(method: str, colors: str, p_mask: float) -> None:
+    base = spec_of(method, colors, p_mask=p_mask, masks=512)
+    score = rare(base, SMALL)
+    exact = enumerated(base, SMALL, lambda masks: score(masks)[:, 0])
+    results = [picked(base.model_copy(update={"seed": seed}), SMALL, score) for seed in range(200)]
+    for name in ("maps", "raw", "baseline"):
+        values = np.array([getattr(result, name)[0] for result in results], dtype=np.float64)
+        z = (values.mean(axis=0) - getattr(exact, name)[0]) / values.std(axis=0, ddof=1) * np.sqrt(200)
+        assert (z**2).mean() < 2.5
+        assert np.abs(z).max() < 4.5
+    off = np.array([result.maps[0] - exact.maps[0] for result in results])
+    told = np.array([result.standard_error[0] for result in results])
+    assert 0.75 < (off**2).mean() / (told**2).mean() < 1.3
+
+
+@pytest.mark.usefixtures("short_opening")
+@pytest.mark.parametrize("p_mask", [0.1, 0.5])
+def test_intervals_cover_the_exact_map(monkeypatch: pytest.MonkeyPatch, p_mask: float) -> None:
+    """95 % intervals at N = 2000, of which a guide may learn from 512."""
+    for module in (plan, guides, reduction):
+        monkeypatch.setattr(module, "MOST_LEARNT", 512)
+    base = spec_of("mc-rise", "red,blue", p_mask=p_mask, masks=2000)
+    score = rare(base, SMALL)
+    exact = enumerated(base, SMALL, lambda masks: score(masks)[:, 0])
+    covered = []
+    for seed in range(24):
+        result = picked(base.model_copy(update={"seed": seed}), SMALL, score)
+        covered.append((np.abs(result.maps - exact.maps) < 1.96 * result.standard_error).mean())
+    assert 0.93 < np.mean(covered) < 0.97
+
+
+def test_much_less_noise_than_control_variates_where_scores_are_rare_events() -> None:
+    settings = {"masks": 2048, "grid": (4, 4), "colors": "red,blue"}
+    spread = []
+    for estimator in ("control-variate", "importance"):
+        spec = ExplainSpec(estimator=estimator, **settings)
+        score = rare(spec, (12, 12))
+        spread.append((picked(spec, (12, 12), score).standard_error ** 2).mean())
+    assert spread[0] / spread[1] > 3
+
+
+@pytest.mark.parametrize(("method", "colors"), METHODS)
+def test_sums_of_a_unit_are_those_of_its_masks_one_by_one(method: str, colors: str) -> None:
+    """`E[eq9[l]] + mean eq9[g - l] + mean eq9[(f - g) / odds where picked]`, slowly."""
+    spec = spec_of(method, colors, p_mask=0.3)
+    guide, one = a_guide(spec, SMALL), Unit(3, 192, 256)
+    choice, masks = choose(spec, SMALL, guide, one)
+    scores = rare(spec, SMALL)(masks)
+    found = picked_unit(spec, SMALL, one, Picked(**vars(choice), scores=scores), guide).finalize(spec)
+
+    everyone = candidates(spec, one)
+    assert len(everyone) == CANDIDATES * 64
+    best, _, line = predict(spec, SMALL, guide, everyone)
+    gaps = np.zeros(len(everyone))
+    gaps[choice.picked] = (scores[:, 0] - best[choice.picked, 0]) / choice.odds
+    added = best[:, 0] - line[:, 0] + gaps
+    coverages = pixels(spec, SMALL, everyone)
+    raw = np.einsum("n,nkyx->kyx", added, coverages) * spec.K / spec.p_mask / len(everyone)
+    kept = np.einsum("n,nyx->yx", added, 1 - coverages.sum(axis=1)) / (1 - spec.p_mask) / len(everyone)
+    measured = method_maps(spec, raw[None], kept[None])[0]
+    linear = enumerated(spec, SMALL, lambda all_masks: predict(spec, SMALL, guide, all_masks)[2][:, 0])
+    np.testing.assert_allclose(found.maps[0], measured + linear.maps[0], atol=1e-9)
+
+
+@given(
+    doubt=st.lists(st.floats(0, 1e6), min_size=16, max_size=64),
+    count=st.integers(1, 15),
+)
+def test_odds_sum_to_the_number_wanted(doubt: list[float], count: int) -> None:
+    odds = guides._odds(np.array(doubt), count)
+    assert odds.sum() == pytest.approx(count)
+    assert odds.max() <= 1
+    assert odds.min() >= min(1, 0.1 * count / len(doubt)) * 0.999
+    order = np.argsort(doubt)
+    assert (np.diff(odds[order]) >= -1e-12).all()
+
+
+def test_each_candidate_is_picked_with_its_odds() -> None:
+    """Over seeds of the tick alone: the candidates and what is thought of them stay the same."""
+    spec = spec_of("mc-rise", "red,blue")
+    guide, one = a_guide(spec, SMALL), Unit(0, 0, 16)
+    counts, odds = np.zeros(16 * CANDIDATES), np.full(16 * CANDIDATES, np.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        for tick in (np.arange(1000) + 0.5) / 1000:
+            patch.setattr(guides, "uniform", lambda *_, tick=tick: tick)
+            choice, _ = choose(spec, SMALL, guide, one)
+            assert len(set(choice.picked.tolist())) == 16
+            counts[choice.picked] += 1
+            odds[choice.picked] = choice.odds
+    np.testing.assert_allclose(counts / 1000, np.nan_to_num(odds), atol=0.0021)
+
+
+def test_the_tick_of_a_mask_is_its_own() -> None:
+    spec = ExplainSpec()
+    ticks = [mask_source.uniform(spec, n) for n in range(2000)]
+    assert ticks[:2] == pytest.approx(GOLDEN_TICKS, abs=1e-9)
+    assert 0 <= min(ticks) < max(ticks) < 1
+    assert abs(np.mean(ticks) - 0.5) < 0.03
+    shifts = draw(spec, 0, 2000).shift_words[:, 0] / 2**32
+    assert abs(np.corrcoef(ticks, shifts)[0, 1]) < 0.1
+
+
+def test_no_guide_where_it_promises_nothing() -> None:
+    spec, size = spec_of("mc-rise", "red,blue", masks=1024), (12, 12)
+    masks = draw(spec, 0, 512)
+    score = rare(spec, size)(masks)
+    assert learn(spec, size, masks, score[:, :1]) is not None
+    assert learn(spec, size, masks, np.full((512, 1), 0.3)) is None
+    assert learn(spec, size, masks, score[:, :1] - 0.5) is None  # no probabilities
+    assert learn(spec, size, masks, score[:, 1:2] * 2) is None
+    assert learn(spec, size, masks, score[:, :1], left=np.full((512, 1), 1e-9)) is None
+
+
+LINEAR = np.random.default_rng(3).random((2, *SMALL)) / 40
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda spec, masks: np.full((len(masks), 1), 0.25),
+        lambda spec, masks: 0.2 + np.einsum("nkyx,kyx->n", pixels(spec, SMALL, masks), LINEAR)[:, None],
+        lambda spec, masks: 9 * rare(spec, SMALL)(masks),
+    ],
+    ids=["constant", "linear", "no probability"],
+)
+def test_without_a_guide_the_maps_are_those_of_control_variates(
+    score: Callable[[ExplainSpec, Masks], np.ndarray],
+) -> None:
+    found = []
+    for estimator in ("importance", "control-variate"):
+        spec = spec_of("mc-rise", "red,blue", masks=1024, estimator=estimator)
+        found.append(picked(spec, SMALL, lambda masks, spec=spec: score(spec, masks)))
+    for name in ("maps", "raw", "baseline", "standard_error"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+    assert found[0].masks == found[1].masks == 1024
+
+
+def test_rivals_score_most_behind_masks_and_exclude_each_other() -> None:
+    shares = np.random.default_rng(0).dirichlet(np.arange(1, 13), size=50)
+    assert find_rivals(shares, [11, 3]) == (4, 5, 6, 7, 8, 9, 10)
+    assert find_rivals(shares[:, :3] / shares[:, :3].sum(axis=1, keepdims=True), [2]) == (0, 1)
+    assert find_rivals(shares * 1.1, [0]) == ()  # sigmoids
+    assert find_rivals(np.zeros((50, 0)), [0]) == ()  # more classes than are sent
+
+
+def test_kernel_is_a_mean_of_gaussians_of_windows() -> None:
+    features = np.random.default_rng(0).normal(size=(5, 4 * 2 * 3))
+    found = Windows.of(features[:2], (4, 2, 3), scale=0.5).alike(features).numpy()
+    images = features.reshape(5, 4, 2, 3) / 0.5
+    wanted = np.zeros((5, 2))
+    for y in (0, 1, 2):
+        for x in (0, 1):
+            window = images[:, y : y + 2, :, x : x + 2].reshape(5, -1)
+            distance = ((window[:, None] - window[None, :2]) ** 2).mean(axis=2)
+            wanted += np.exp(-distance / (2 * 0.85)) / 6
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("masks", [60, 600])
+def test_masks_are_predicted_without_their_own_scores(masks: int) -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(masks, 4 * 2 * 3))
+    windows = Windows.of(features, (4, 2, 3), scale=1.0)
+    truth = np.stack([features[:, 0] + 0.1 * rng.normal(size=masks), rng.normal(size=masks)], axis=1)
+    constants, weights, unseen = kernel_ridge(windows.alike(features), truth)
+    left = truth - constants - windows.similar(features, weights)
+    strength = (left / weights).mean()
+    for place in (0, masks - 1):
+        others = np.arange(masks) != place
+        alike = windows.alike(features).numpy()
+        solved = np.linalg.solve(
+            alike[np.ix_(others, others)] + strength * np.eye(masks - 1), (truth - constants)[others]
+        )
+        np.testing.assert_allclose(unseen[place], constants + alike[place, others] @ solved, atol=1e-3)
+
+
+def steep(images: Tensor) -> np.ndarray:
+    """Two probabilities, the first often near 0."""
+    weights = np.random.default_rng(1).normal(size=(3, *images.shape[2:]))
+    weights -= weights.mean()
+    seen = (images.double().numpy() * weights).sum(axis=(1, 2, 3)) / np.abs(weights).sum() ** 0.5
+    share = 1 / (1 + np.exp(4 - 6 * seen))
+    return np.stack([share, 1 - share], axis=1)
+
+
+@pytest.mark.parametrize("masks", [1024, 2000])
+def test_order_of_the_work_changes_no_bit(monkeypatch: pytest.MonkeyPatch, masks: int) -> None:
+    """Shuffled, twice, and through pickles: what comes back as scores, and as sums after the pilot."""
+    monkeypatch.setattr(plan, "_PILOT", 1024)
+    spec = spec_of("mc-rise", "red,blue", masks=masks)
+    oracle = mr.explain(steep, IMAGE, 0, spec)
+    steps = Reduction(spec, (0,), oracle.score, SMALL)
+    kinds = set()
+    while steps.explanation is None:
+        works = list(steps.works())
+        for work in [*random.Random(1).sample(works, len(works)), works[0]]:
+            subject = Subject(steep, IMAGE, spec)
+            ((_, result),) = perform(subject, [pickle.loads(pickle.dumps(work))], [0], 64)
+            steps.take(work, pickle.loads(pickle.dumps(result)))
+            kinds.add((type(work), getattr(work, "guide", None) is None))
+    assert (ScoreUnit, False) in kinds
+    assert ((SumUnit, True) in kinds) == (masks > 1024)
+    for name in ("maps", "raw", "baseline", "standard_error"):
+        np.testing.assert_array_equal(getattr(steps.explanation, name), getattr(oracle, name))
+    assert oracle.masks == masks
+
+
+def test_a_unit_that_is_picked_is_summed_alike_at_once_and_later() -> None:
+    spec = spec_of("mc-rise", "red,blue")
+    guide, one = a_guide(spec, SMALL), Unit(2, 64, 128)
+    subject = Subject(steep, IMAGE, spec)
+    ((_, scored),) = perform(subject, [ScoreUnit(one, guide)], [0], 32)
+    assert isinstance(scored, Picked)
+    at_once = run_unit(subject, one, [0], 32, guide)
+    later = picked_unit(spec, SMALL, one, scored, guide)
+    np.testing.assert_array_equal(at_once.buckets, later.buckets)
+    np.testing.assert_array_equal(at_once.squares, later.squares)
+    assert at_once.masks == 64
+
+
+@pytest.mark.usefixtures("short_opening")
+def test_an_image_goes_on_from_what_is_kept_to_the_bit(tmp_path: Path) -> None:
+    """Saved after every step, and read back: scores of picked masks, and the guide."""
+    spec = spec_of("mc-rise", "red,blue", masks=1024)
+    targets = (Target(0, "one", "truth", 0.25),)
+    inspection = Inspection(targets, SMALL, 0.5, (9, 9))
+    straight = mr.explain(steep, IMAGE, 0, spec)
+    subject, score = Subject(steep, IMAGE, spec), straight.score
+    steps, there, stages_seen = (
+        Reduction(spec, (0,), score, SMALL),
+        Checkpoints(Store(str(tmp_path))),
+        set(),
+    )
+    while (work := steps.next_work()) is not None:
+        steps.take(*next(perform(subject, [work], (0,), 64)))
+        if steps.explanation is not None:
+            break
+        there.write("a.png", Saved(inspection, steps.state(), 1.5))
+        found = Checkpoints(Store(str(tmp_path))).take("a.png")
+        assert found is not None
+        steps = Reduction(spec, (0,), score, SMALL, found.state)
+        stages_seen.add((found.state.stage, found.state.guide is None))
+    assert stages_seen == {(0, True), (1, False), (2, False), (3, False)}
+    assert steps.explanation is not None
+    np.testing.assert_array_equal(steps.explanation.maps, straight.maps)
+    np.testing.assert_array_equal(steps.explanation.standard_error, straight.standard_error)
+
+
+def test_a_guide_that_was_refused_is_not_asked_for_again_after_an_interruption() -> None:
+    spec = spec_of("mc-rise", "red,blue", masks=1024)
+    steps = Reduction(spec, (0,), np.zeros(1), SMALL)
+    concluded = 0
+    while steps.explanation is None:
+        work = steps.next_work()
+        assert work is not None
+        concluded += isinstance(work, Conclude)
+        steps.take(work, done(spec, SMALL, work, lambda masks: np.full((len(masks), 1), 0.25), (0,)))
+        if steps.explanation is None:
+            steps = Reduction(spec, (0,), np.zeros(1), SMALL, steps.state())
+    assert concluded == 2
+    assert steps.explanation.masks == 1024
