@@ -82,8 +82,8 @@ def run_unit(
 ) -> Partial:
     """The sums of one unit (Algorithm 1, lines 2 to 15): a pure function of its arguments.
 
-    With a fit, those of what its predictions leave of the scores, and the predictions' own part; with a guide,
-    of masks that it picks.
+    With a fit, those of what its predictions leave of the scores, and the predictions' own part; with a
+    guide, of masks that it picks.
     """
     ((_, partial),) = perform(subject, [SumUnit(unit, fit)], targets, batch_size)
     assert isinstance(partial, Partial)
@@ -104,7 +104,7 @@ def perform(
         for work in works:
             choice, masks = None, None
             if not isinstance(work, Conclude) and (guide := _guide_of(work)) is not None:
-                choice, masks = choose(spec, size, guide, work.unit)
+                choice, masks = choose(spec, size, guide, work.unit, subject.image.device)
             begun.append((work, choice))
             if isinstance(work, Conclude):
                 return
@@ -116,7 +116,7 @@ def perform(
         yield work, scored if isinstance(work, ScoreUnit) else _summed(spec, size, work, scored)
     for work, _ in begun:
         assert isinstance(work, Conclude)
-        yield work, conclude(spec, work)
+        yield work, conclude(spec, work, subject.image.device)
 
 
 def _guide_of(work: ScoreUnit | SumUnit) -> Guide | None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 from jaxtyping import Float64, Int64
 
 from mcrise_ray.kernels import Windows, kernel_ridge
@@ -123,13 +124,19 @@ def candidates(spec: ExplainSpec, unit: Unit) -> Masks:
     return draw(spec, _FIRST_CANDIDATE + CANDIDATES * unit.start, _FIRST_CANDIDATE + CANDIDATES * unit.stop)
 
 
-def choose(spec: ExplainSpec, size: tuple[int, int], guide: Guide, unit: Unit) -> tuple[Choice, Masks]:
+def choose(
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    guide: Guide,
+    unit: Unit,
+    device: torch.device | str = "cpu",
+) -> tuple[Choice, Masks]:
     """As many of a unit's candidates as it has masks, and these masks: a pure function of its arguments.
 
     Every candidate is picked with its own odds exactly, by systematic sampling.
     """
     masks = candidates(spec, unit)
-    best, doubt, line = predict(spec, size, guide, masks)
+    best, doubt, line = predict(spec, size, guide, masks, device)
     odds = _odds((doubt / np.maximum(guide.variance, 1e-300)).sum(axis=1) ** 0.5, len(unit))
     until = np.cumsum(odds)
     ticks = uniform(spec, _FIRST_CANDIDATE + CANDIDATES * unit.start) + np.arange(len(unit))
@@ -138,12 +145,16 @@ def choose(spec: ExplainSpec, size: tuple[int, int], guide: Guide, unit: Unit) -
 
 
 def predict(
-    spec: ExplainSpec, size: tuple[int, int], guide: Guide, masks: Masks
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    guide: Guide,
+    masks: Masks,
+    device: torch.device | str = "cpu",
 ) -> tuple[Float64[np.ndarray, "C L"], Float64[np.ndarray, "C L"], Float64[np.ndarray, "C L"]]:
-    """`g` of any masks, the variance of scores around it, and `l`."""
+    """`g` of any masks, the variance of scores around it, and `l`; the device does the better part of it."""
     features = Features(spec, size, guide.patches)
     learnt = guide.learnt.cells.tobytes(), guide.learnt.shift_words.tobytes()
-    windows = _windows_of(spec, size, guide.patches, guide.scale, *learnt)
+    windows = _windows_of(spec, size, guide.patches, guide.scale, *learnt, str(device))
     best, doubt, line = (np.empty((len(masks), len(guide.means))) for _ in range(3))
     for start in range(0, len(masks), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -161,6 +172,7 @@ def learn(
     scores: Float64[np.ndarray, "N L+R"],
     rivals: tuple[int, ...] = (),
     left: Float64[np.ndarray, "N L"] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Guide | None:
     """A guide from all scores that are known, or the newest where they are too many.
 
@@ -171,6 +183,7 @@ def learn(
         scores: of theirs, for the targets, then for the rivals.
         rivals: R other classes, which must exclude each other and the targets.
         left: what predictions of another kind, made without seeing it, leave of each score.
+        device: where masks are compared: where the model is.
 
     Returns:
         None where scores are not probabilities, or all the same, or the other predictions promise less noise.
@@ -183,7 +196,7 @@ def learn(
     grid = patches(spec, size, MOST_LEARNT)
     known = Features(spec, size, grid)(masks)
     scale = float(known.std())
-    windows = Windows.of(known, (grid[0], spec.K, grid[1]), scale)
+    windows = Windows.of(known, (grid[0], spec.K, grid[1]), scale, device)
     share = np.clip(scores[:, :targets], _SMALLEST, 1 - _SMALLEST)
     truth = np.log(share / (1 - share))
     constants, weights, unseen = kernel_ridge(
@@ -257,14 +270,20 @@ def _mixed(
 
 @lru_cache(maxsize=_KEPT)
 def _windows_of(
-    spec: ExplainSpec, size: tuple[int, int], grid: tuple[int, int], scale: float, cells: bytes, words: bytes
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    scale: float,
+    cells: bytes,
+    words: bytes,
+    device: str,
 ) -> Windows:
     """Those of the masks that a guide has learnt from; it comes anew with every call, they do not."""
     learnt = Masks(
         np.frombuffer(cells, np.uint8).reshape(-1, *spec.grid).copy(),
         np.frombuffer(words, np.uint64).reshape(-1, 2),
     )
-    return Windows.of(Features(spec, size, grid)(learnt), (grid[0], spec.K, grid[1]), scale)
+    return Windows.of(Features(spec, size, grid)(learnt), (grid[0], spec.K, grid[1]), scale, device)
 
 
 @lru_cache(maxsize=_KEPT)

@@ -34,14 +34,20 @@ class Windows:
     scale: float
 
     @staticmethod
-    def of(features: Float64[np.ndarray, "S D"], shape: tuple[int, int, int], scale: float) -> Windows:
-        """Of masks with the given features, whose axes are (Y, K, X)."""
-        sides = (_sides(part)[1] for part in _parts(features, shape, scale))
+    def of(
+        features: Float64[np.ndarray, "S D"],
+        shape: tuple[int, int, int],
+        scale: float,
+        device: torch.device | str = "cpu",
+    ) -> Windows:
+        """Of masks with the given features, whose axes are (Y, K, X); likeness is computed on the device."""
+        sides = (_sides(part)[1] for part in _parts(features, shape, scale, torch.device(device)))
         return Windows(tuple(side.T.contiguous() for side in sides), shape, scale)
 
     def alike(self, features: Float64[np.ndarray, "N D"]) -> Float64[Tensor, "N S"]:
         """How alike other masks are to each of these, between 0 and 1."""
-        found = torch.empty(len(features), self.right[0].shape[1], dtype=torch.float64)
+        of = self.right[0]
+        found = torch.empty(len(features), of.shape[1], dtype=torch.float64, device=of.device)
         for part, total in self._totals(features):
             found[part] = total
         return found
@@ -50,10 +56,10 @@ class Windows:
         self, features: Float64[np.ndarray, "N D"], weights: Float64[np.ndarray, "S Q"]
     ) -> Float64[np.ndarray, "N Q"]:
         """How alike other masks are to these, each of these times its weight."""
-        weight = torch.from_numpy(weights).float()
+        weight = torch.from_numpy(weights).to(self.right[0].device, torch.float32)
         found = np.empty((len(features), weights.shape[1]))
         for part, total in self._totals(features):
-            found[part] = (total @ weight).numpy()
+            found[part] = (total @ weight).cpu().numpy()
         return found
 
     def _totals(
@@ -62,10 +68,11 @@ class Windows:
         """Rows of `alike`, a few at a time, in a buffer that the next ones overwrite: new memory would take
         as long as the products.
         """
-        one, total = torch.empty(2, min(_AT_ONCE, len(features)), self.right[0].shape[1])
+        of = self.right[0]
+        one, total = of.new_empty(2, min(_AT_ONCE, len(features)), of.shape[1])
         for start in range(0, len(features), _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, len(features)))
-            windows = _parts(features[part], self.shape, self.scale)
+            windows = _parts(features[part], self.shape, self.scale, of.device)
             rows = slice(len(windows[0]))
             for place, (window, right) in enumerate(zip(windows, self.right, strict=True)):
                 into = one[rows] if place else total[rows]
@@ -76,13 +83,13 @@ class Windows:
 
 
 def _parts(
-    features: Float64[np.ndarray, "N D"], shape: tuple[int, int, int], scale: float
+    features: Float64[np.ndarray, "N D"], shape: tuple[int, int, int], scale: float, device: torch.device
 ) -> list[Float32[Tensor, "N V"]]:
     """The features in each window, of such a size that the kernel is `2 ** (-|a - b|**2 / 2)`: powers of two
     are computed fastest.
     """
     spans, places = zip(*(_along(count) for count in (shape[0], shape[2])), strict=True)
-    images = torch.from_numpy(features).float().view(-1, *shape)
+    images = torch.from_numpy(features).to(device, torch.float32).view(-1, *shape)
     width = scale * (_WIDTH * spans[0] * shape[1] * spans[1] * np.log(2)) ** 0.5
     return [
         (images[:, y : y + spans[0], :, x : x + spans[1]] / width).flatten(1)
@@ -99,7 +106,7 @@ def _along(count: int) -> tuple[int, list[int]]:
 
 def _sides(window: Float32[Tensor, "N V"]) -> tuple[Float32[Tensor, "N W"], Float32[Tensor, "N W"]]:
     """What has to be multiplied for `-|a - b|**2 / 2`."""
-    half, one = (window**2).sum(dim=1, keepdim=True) / 2, torch.ones(len(window), 1)
+    half, one = (window**2).sum(dim=1, keepdim=True) / 2, window.new_ones(len(window), 1)
     return torch.cat([window, -half, one], dim=1), torch.cat([window, one, -half], dim=1)
 
 
@@ -112,7 +119,7 @@ def kernel_ridge(
     their number: it is the noise of a score in units of the kernel.
     """
     constants = truth.mean(axis=0)
-    around = torch.from_numpy(truth - constants)
+    around = torch.from_numpy(truth - constants).to(alike.device)
     some = slice(-min(len(alike), _CHOSEN_BY), None)
     values, vectors = torch.linalg.eigh(alike[some, some])
     along = vectors.T @ around[some]
@@ -127,4 +134,4 @@ def kernel_ridge(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged))
     weights = inverse @ around
     left = weights / inverse.diagonal()[:, None]
-    return constants, weights.numpy(), constants + (around - left).numpy()
+    return constants, weights.cpu().numpy(), constants + (around - left).cpu().numpy()

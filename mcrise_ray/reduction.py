@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float64
 
 from mcrise_ray.estimators import Scored, masks_of, picked_unit, residual_unit, scores_of
@@ -330,8 +331,14 @@ class Reduction:
         self._look += work.look
 
 
-def conclude(spec: ExplainSpec, work: Conclude) -> Conclusion:
-    """Fit, sum, finalize, learn, see whether it is enough: whatever of it is asked for."""
+def conclude(spec: ExplainSpec, work: Conclude, device: torch.device | str = "cpu") -> Conclusion:
+    """Fit, sum, finalize, learn, see whether it is enough: whatever of it is asked for.
+
+    Args:
+        spec: what was asked for.
+        work: what there is.
+        device: where the model is, which can help to learn.
+    """
     fit, guide, total = None, None, work.total
     if work.scores is not None and work.guide is not None:
         assert total is not None
@@ -342,7 +349,7 @@ def conclude(spec: ExplainSpec, work: Conclude) -> Conclusion:
         scores = np.concatenate([scores_of(scored)[:, : len(work.targets)] for scored in work.scores])
         fit = None if spec.estimator == "paper" else fit_scores(spec, work.size, scores)
         if work.learn:
-            guide = _learn(spec, work, fit)
+            guide = _learn(spec, work, fit, device)
             if guide is None:
                 return Conclusion(None, None, None)
         # In one go: the sums of many targets take more time to add, unit by unit, than the masks do.
@@ -353,23 +360,22 @@ def conclude(spec: ExplainSpec, work: Conclude) -> Conclusion:
         if work.last or enough(spec, found.relative_error):
             return Conclusion(found, None, None)
     if work.learn and guide is None:
-        guide = _learn(spec, work, None)
+        guide = _learn(spec, work, None, device)
     return Conclusion(None, fit, total if work.scores is not None else None, guide)
 
 
-def _learn(spec: ExplainSpec, work: Conclude, fit: Fit | None) -> Guide | None:
+def _learn(spec: ExplainSpec, work: Conclude, fit: Fit | None, device: torch.device | str) -> Guide | None:
     """A guide from all scores there are; with a fit to them, only where it promises less noise than that."""
     assert work.scores is not None
     everything = (*work.known, *work.scores)
     parts = [masks_of(spec, unit(spec, index), scored) for index, scored in enumerate(everything)]
     masks, scores = Masks.concatenate(parts), np.concatenate([scores_of(scored) for scored in everything])
     if work.guide is not None:
-        return learn(spec, work.size, masks, scores, work.guide.rivals)
+        return learn(spec, work.size, masks, scores, work.guide.rivals, device=device)
     assert fit is not None
     own, all_classes = scores[:, : len(work.targets)], scores[:, len(work.targets) :]
     rivals = find_rivals(all_classes, work.targets)
     features = Features(spec, work.size, fit.patches)(masks)
     left = own - fit.predict(features, fit.rows(0, len(own)))[0]
-    return learn(
-        spec, work.size, masks, np.concatenate([own, all_classes[:, list(rivals)]], axis=1), rivals, left
-    )
+    wanted = np.concatenate([own, all_classes[:, list(rivals)]], axis=1)
+    return learn(spec, work.size, masks, wanted, rivals, left, device)

@@ -159,7 +159,9 @@ class Worker:
                 return
             if isinstance(first, WorkTask) and isinstance(first.work, Conclude):
                 began = time.perf_counter()
-                yield Done(conclude(self._spec, first.work), time.perf_counter() - began)
+                place = self._explained.facts.device
+                device = torch.device("cpu" if place == "server" else place)
+                yield Done(conclude(self._spec, first.work, device), time.perf_counter() - began)
                 return
             began = time.perf_counter()
             pixels = self._pixels(first.image)

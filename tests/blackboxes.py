@@ -30,6 +30,22 @@ def small_network() -> nn.Module:
     )
 
 
+class Steep(nn.Module):
+    """A network whose probabilities are often near 0 or 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small_network()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = 30 * self.network(images)
+        return logits
+
+
+def steep_network() -> nn.Module:
+    return Steep()
+
+
 def broken() -> nn.Module:
     raise RuntimeError("no such checkpoint")
 
