@@ -186,7 +186,8 @@ def learn(
         device: where masks are compared: where the model is.
 
     Returns:
-        None where scores are not probabilities, or all the same, or the other predictions promise less noise.
+        None where scores are not probabilities, or all the same, as masks of a tiny `p_mask` are, or where
+        the other predictions promise less noise.
     """
     targets = scores.shape[1] - len(rivals)
     low, high = scores.min(), scores.max()
@@ -196,6 +197,8 @@ def learn(
     grid = patches(spec, size, MOST_LEARNT)
     known = Features(spec, size, grid)(masks)
     scale = float(known.std())
+    if not scale:
+        return None
     windows = Windows.of(known, (grid[0], spec.K, grid[1]), scale, device)
     share = np.clip(scores[:, :targets], _SMALLEST, 1 - _SMALLEST)
     truth = np.log(share / (1 - share))

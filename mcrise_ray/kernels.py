@@ -129,9 +129,12 @@ def kernel_ridge(
         shrunk = 1 / (values.clamp_min(0) + strength)
         left = vectors @ (shrunk[:, None] * along) / (vectors.square() @ shrunk)[:, None]
         errors.append(float((left.square().sum(dim=0) / scale).sum()))
-    ridged = alike.clone()
-    ridged.diagonal().add_(_STRENGTHS[int(np.argmin(errors))])
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged))
+    one = torch.eye(len(alike), dtype=alike.dtype, device=alike.device)
+    for strength in _STRENGTHS[int(np.argmin(errors)) :]:  # the next one where roundings are larger than that
+        lower, failed = torch.linalg.cholesky_ex(alike + strength * one)
+        if not failed:
+            break
+    inverse = torch.cholesky_inverse(lower)
     weights = inverse @ around
     left = weights / inverse.diagonal()[:, None]
     return constants, weights.cpu().numpy(), constants + (around - left).cpu().numpy()

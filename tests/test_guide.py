@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from exact import done, enumerated, picked, pixels
 from hypothesis import given
 from hypothesis import strategies as st
@@ -219,6 +220,7 @@ def test_no_guide_where_it_promises_nothing() -> None:
     score = rare(spec, size)(masks)
     assert learn(spec, size, masks, score[:, :1]) is not None
     assert learn(spec, size, masks, np.full((512, 1), 0.3)) is None
+    assert learn(spec, size, Masks(0 * masks.cells, masks.shift_words), score[:, :1]) is None
     assert learn(spec, size, masks, score[:, :1] - 0.5) is None  # no probabilities
     assert learn(spec, size, masks, score[:, 1:2] * 2) is None
     assert learn(spec, size, masks, score[:, :1], left=np.full((512, 1), 1e-9)) is None
@@ -285,6 +287,18 @@ def test_masks_are_predicted_without_their_own_scores(masks: int) -> None:
             alike[np.ix_(others, others)] + strength * np.eye(masks - 1), (truth - constants)[others]
         )
         np.testing.assert_allclose(unseen[place], constants + alike[place, others] @ solved, atol=1e-3)
+
+
+def test_a_kernel_with_roundings_has_a_ridge_that_is_larger_than_they_are() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(40, 4 * 2 * 3))
+    alike = Windows.of(features, (4, 2, 3), scale=1.0).alike(features)
+    alike -= 0.01 * torch.eye(40)
+    alike[:, 1:2], alike[1:2] = alike[:, :1], alike[:1]  # two masks alike, but for what was taken off
+    constants, weights, unseen = kernel_ridge(alike, features[:, :1])
+    assert np.isfinite(weights).all()
+    assert np.isfinite(unseen).all()
+    assert abs(constants[0] - features[:, 0].mean()) < 1e-12
 
 
 def steep(images: Tensor) -> np.ndarray:
