@@ -101,9 +101,9 @@ def to_the_letter(
     sums, weight = UnitSums(spec, 1, size), 0
     sums.square(draw(spec, 0, len(scores)), scores)
     weight += len(scores)
-    for unit, scored in seen:
+    for one, scored in seen:
         if isinstance(scored, Picked):
-            sums.add_squares(masks_of(spec, unit, scored), scored.scores[:, :1] ** 2 / scored.odds[:, None])
+            sums.add_squares(masks_of(spec, one, scored), scored.scores[:, :1] ** 2 / scored.odds[:, None])
             weight += len(scored.bend)
     moments = sums.partial(weight)._second_moments(spec)
     return float((moments - maps**2).mean()) / spec.masks
