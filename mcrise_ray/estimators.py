@@ -85,12 +85,12 @@ def picked_unit(
     for start in range(0, len(masks), CHUNK):
         part = slice(start, start + CHUNK)
         sums.accumulate(masks[part], weight * picked.bend[part])
-    # Of the squares of `g - l` alone, one candidate in so many is sample enough.
-    sums.square(masks[::CANDIDATES], weight * CANDIDATES**0.5 * picked.bend[::CANDIDATES])
     own, left = masks[picked.picked], (picked.scores[:, :targets] - picked.best) / picked.odds[:, None]
-    bend = picked.bend[picked.picked]
     sums.accumulate(own, weight * left)
-    sums.add_squares(own, weight**2 * (left**2 + 2 * bend * left))
+    sums.square(own, weight * (picked.bend[picked.picked] + left))
+    # Of those that were not picked, one in so many is sample enough.
+    some = np.setdiff1d(np.arange(0, len(masks), CANDIDATES), picked.picked)
+    sums.square(masks[some], weight * CANDIDATES**0.5 * picked.bend[some])
     return sums.partial(
         len(unit),
         weight * len(masks) * guide.means,

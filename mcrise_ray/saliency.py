@@ -64,7 +64,7 @@ class UnitSums:
         self.add_squares(masks, scores**2)
 
     def add_squares(self, masks: Masks, squares: Float64[np.ndarray, "B L"]) -> None:
-        """The same for squared scores, or estimates of them, which may be negative."""
+        """The same for scores that are squared already."""
         rows, columns, values = self._points
         weights = sampled(masks, self._size, rows, columns, values).square_().flatten(1)
         added = torch.from_numpy(squares).float().T @ weights

@@ -93,7 +93,8 @@ def test_stages(settings: dict[str, float], targets: int, ends: list[int]) -> No
 
 @pytest.mark.usefixtures("short_opening")
 @pytest.mark.parametrize(
-    ("method", "colors", "p_mask"), [("mc-rise", "red,blue", 0.5), ("rise", "black", 0.3)]
+    ("method", "colors", "p_mask"),
+    [("mc-rise", "red,blue", 0.5), pytest.param("rise", "black", 0.3, marks=pytest.mark.slow)],
 )
 def test_unbiased_over_200_seeds_and_says_how_far_off(method: str, colors: str, p_mask: float) -> None:
     base = spec_of(method, colors, p_mask=p_mask, masks=512)
@@ -111,8 +112,8 @@ def test_unbiased_over_200_seeds_and_says_how_far_off(method: str, colors: str, 
 
 
 @pytest.mark.usefixtures("short_opening")
-@pytest.mark.parametrize("p_mask", [0.1, 0.5])
-def test_intervals_cover_the_exact_map(monkeypatch: pytest.MonkeyPatch, p_mask: float) -> None:
+@pytest.mark.parametrize(("p_mask", "seeds"), [pytest.param(0.1, 240, marks=pytest.mark.slow), (0.5, 50)])
+def test_intervals_cover_the_exact_map(monkeypatch: pytest.MonkeyPatch, p_mask: float, seeds: int) -> None:
     """95 % intervals at N = 2000, of which a guide may learn from 512."""
     for module in (plan, guides, reduction):
         monkeypatch.setattr(module, "MOST_LEARNT", 512)
@@ -120,7 +121,7 @@ def test_intervals_cover_the_exact_map(monkeypatch: pytest.MonkeyPatch, p_mask: 
     score = rare(base, SMALL)
     exact = enumerated(base, SMALL, lambda masks: score(masks)[:, 0])
     covered = []
-    for seed in range(24):
+    for seed in range(seeds):
         result = picked(base.model_copy(update={"seed": seed}), SMALL, score)
         covered.append((np.abs(result.maps - exact.maps) < 1.96 * result.standard_error).mean())
     assert 0.93 < np.mean(covered) < 0.97

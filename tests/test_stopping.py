@@ -121,10 +121,11 @@ def test_stops_where_the_error_is_reached(estimator: str) -> None:
 
 def test_maps_are_those_of_as_many_masks_asked_for_outright() -> None:
     """Whatever was looked at on the way leaves no trace."""
-    spec = ExplainSpec(relative_error=0.04, grid=(2, 2), estimator="control-variate")
+    settings = {"grid": (2, 2), "estimator": "control-variate"}
+    spec = ExplainSpec(relative_error=0.04, **settings)
     stopped = mr.explain(curved, IMAGE, 0, spec)
     assert stopped.masks > 1024
-    outright = mr.explain(curved, IMAGE, 0, ExplainSpec(masks=stopped.masks, grid=(2, 2)))
+    outright = mr.explain(curved, IMAGE, 0, ExplainSpec(masks=stopped.masks, **settings))
     np.testing.assert_allclose(stopped.maps, outright.maps, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(stopped.standard_error, outright.standard_error, rtol=1e-4)
 
