@@ -56,7 +56,8 @@ class Windows:
         self, features: Float64[np.ndarray, "N D"], weights: Float64[np.ndarray, "S Q"]
     ) -> Float64[np.ndarray, "N Q"]:
         """How alike other masks are to these, each of these times its weight."""
-        weight = torch.from_numpy(weights).to(self.right[0].device, torch.float32)
+        # Copied: what Ray hands out is read-only.
+        weight = torch.tensor(weights, device=self.right[0].device, dtype=torch.float32)
         found = np.empty((len(features), weights.shape[1]))
         for part, total in self._totals(features):
             found[part] = (total @ weight).cpu().numpy()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,6 +215,26 @@ def test_the_tick_of_a_mask_is_its_own() -> None:
     assert abs(np.mean(ticks) - 0.5) < 0.03
     shifts = draw(spec, 0, 2000).shift_words[:, 0] / 2**32
     assert abs(np.corrcoef(ticks, shifts)[0, 1]) < 0.1
+
+
+def test_a_guide_whose_arrays_are_read_only_gives_the_same() -> None:
+    """As Ray hands them out; torch would warn once a process, so in one of its own."""
+    script = (
+        "import sys, warnings; sys.path.insert(0, 'tests'); warnings.simplefilter('error')\n"
+        "from test_guide import *\n"
+        "spec = spec_of('mc-rise', 'red,blue'); guide = a_guide(spec, SMALL)\n"
+        "before, _ = choose(spec, SMALL, guide, Unit(0, 0, 64))\n"
+        "arrays = [value for value in [*vars(guide).values(), *vars(guide.learnt).values()]]\n"
+        "for value in arrays:\n"
+        "    if isinstance(value, np.ndarray): value.flags.writeable = False\n"
+        "after, _ = choose(spec, SMALL, guide, Unit(0, 0, 64))\n"
+        "assert (before.picked == after.picked).all() and (before.bend == after.bend).all()\n"
+    )
+    root = Path(__file__).parents[1]
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
 
 
 def test_no_guide_where_it_promises_nothing() -> None:
