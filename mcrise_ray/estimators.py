@@ -88,9 +88,11 @@ def picked_unit(
     own, left = masks[picked.picked], (picked.scores[:, :targets] - picked.best) / picked.odds[:, None]
     sums.accumulate(own, weight * left)
     sums.square(own, weight * (picked.bend[picked.picked] + left))
-    # Of those that were not picked, one in so many is sample enough.
-    some = np.setdiff1d(np.arange(0, len(masks), CANDIDATES), picked.picked)
-    sums.square(masks[some], weight * CANDIDATES**0.5 * picked.bend[some])
+    # One in seven of those that were not picked is sample enough. Were it one in eight of all, picks with
+    # equal odds would keep in step with it.
+    others = np.delete(np.arange(len(masks)), picked.picked)
+    some = others[:: CANDIDATES - 1]
+    sums.square(masks[some], weight * (len(others) / len(some)) ** 0.5 * picked.bend[some])
     return sums.partial(
         len(unit),
         weight * len(masks) * guide.means,

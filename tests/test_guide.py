@@ -29,7 +29,7 @@ from mcrise_ray.kernels import Windows, kernel_ridge
 from mcrise_ray.masks import Masks, draw
 from mcrise_ray.plan import Unit, looks, stages, unit, unit_count
 from mcrise_ray.reduction import Conclude, Reduction, ScoreUnit, SumUnit
-from mcrise_ray.saliency import method_maps
+from mcrise_ray.saliency import UnitSums, method_maps
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
 from mcrise_ray.tasks import Inspection, Saved, Target
@@ -179,6 +179,26 @@ def test_sums_of_a_unit_are_those_of_its_masks_one_by_one(method: str, colors: s
     np.testing.assert_allclose(found.maps[0], measured + linear.maps[0], atol=1e-9)
 
 
+@pytest.mark.parametrize("tick", [0.01, 0.5])
+def test_squares_are_those_of_all_candidates_when_every_eighth_is_picked(
+    monkeypatch: pytest.MonkeyPatch, tick: float
+) -> None:
+    """Equal odds: the picks are as regular as any sample of the candidates would be."""
+    spec = spec_of("rise", "black")
+    guide, one = a_guide(spec, SMALL), Unit(0, 0, 256)
+    monkeypatch.setattr(guides, "_odds", lambda doubt, count: np.full(len(doubt), count / len(doubt)))
+    monkeypatch.setattr(guides, "uniform", lambda *_: tick)
+    choice, _ = choose(spec, SMALL, guide, one)
+    assert set(np.diff(choice.picked)) == {CANDIDATES}
+    choice.bend[:] = 1.0  # squares of all candidates alike
+    one_each = Picked(**vars(choice), scores=choice.best.copy())
+    found = picked_unit(spec, SMALL, one, one_each, guide).squares.mean()
+    sums = UnitSums(spec, 1, SMALL)
+    everyone = candidates(spec, one)
+    sums.square(everyone, np.full((len(everyone), 1), guide.weight / CANDIDATES))
+    assert found == pytest.approx(sums.partial(1).squares.mean(), rel=0.05)
+
+
 @given(
     doubt=st.lists(st.floats(0, 1e6), min_size=16, max_size=64),
     count=st.integers(1, 15),
@@ -215,6 +235,28 @@ def test_the_tick_of_a_mask_is_its_own() -> None:
     assert abs(np.mean(ticks) - 0.5) < 0.03
     shifts = draw(spec, 0, 2000).shift_words[:, 0] / 2**32
     assert abs(np.corrcoef(ticks, shifts)[0, 1]) < 0.1
+
+
+NOISES = {
+    "rare": lambda rng, n: (rng.random(n) < 0.05) * 1.0,
+    "probability": lambda rng, n: rng.beta(0.1, 0.2, size=n),
+    "logit": lambda rng, n: 1 / (1 + np.exp(5 - 2 * rng.normal(size=n))),
+}
+
+
+@pytest.mark.parametrize("noise", list(NOISES))
+def test_picking_never_costs_more_than_three_in_a_hundred(noise: str) -> None:
+    """Scores that have nothing to do with the masks, for which control variates are centring."""
+    cost = []
+    for seed in range(10):
+        spread = []
+        for estimator in ("importance", "control-variate"):
+            rng = np.random.default_rng(seed)
+            spec = ExplainSpec(masks=1024, p_mask=0.1, grid=(4, 4), estimator=estimator, seed=seed)
+            result = picked(spec, (12, 12), lambda masks, rng=rng: NOISES[noise](rng, len(masks))[:, None])
+            spread.append((result.standard_error**2).mean())
+        cost.append(spread[0] / spread[1])
+    assert np.mean(cost) < 1.03
 
 
 def test_a_guide_whose_arrays_are_read_only_gives_the_same() -> None:
