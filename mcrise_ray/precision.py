@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mcrise_ray.embedders import Embedder
@@ -19,12 +19,13 @@ from mcrise_ray.errors import ModelError
 from mcrise_ray.loading import first_line
 from mcrise_ray.memory import keep_freed
 from mcrise_ray.models import Model
-from mcrise_ray.scores import Classifier, ask
+from mcrise_ray.programs import converted
+from mcrise_ray.scores import BlackBox, Classifier, ask
 from mcrise_ray.spec import StrictModel
 
 AnyModel = TypeVar("AnyModel", Model, Embedder)
 
-STEPS: Final = ("channels_last", "bfloat16", "compiled")
+STEPS: Final = ("channels_last", "bfloat16", "onnxruntime", "compiled")
 """What may be done to a network, in the order in which it is tried."""
 
 
@@ -34,6 +35,7 @@ class Precision(StrictModel):
     Args:
         channels_last: weights and images with their channels last in memory.
         bfloat16: torch's autocast.
+        onnxruntime: converted, and run by ONNX Runtime in float32; of the CPU, and with none of the others.
         compiled: whole batches by torch.compile; shorter ones without.
         difference: of the scores from float32, over the scores' spread: root mean squares.
         largest_difference: of any score, over the largest score.
@@ -43,11 +45,18 @@ class Precision(StrictModel):
 
     channels_last: bool = False
     bfloat16: bool = False
+    onnxruntime: bool = False
     compiled: bool = False
     difference: float = Field(default=0.0, ge=0)
     largest_difference: float = Field(default=0.0, ge=0)
     speedup: float = Field(default=1.0, gt=0)
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _onnxruntime_is_alone(self) -> Precision:
+        if self.onnxruntime and (self.channels_last or self.bfloat16 or self.compiled):
+            raise ValueError("expected onnxruntime alone, because it runs the network instead of torch")
+        return self
 
     @classmethod
     def named(cls, name: str) -> Precision:
@@ -58,7 +67,7 @@ class Precision(StrictModel):
     @property
     def is_float32(self) -> bool:
         """Nothing is done to the network."""
-        return not (self.channels_last or self.bfloat16 or self.compiled)
+        return not any(getattr(self, step) for step in STEPS)
 
     def __str__(self) -> str:
         if self.is_float32:
@@ -140,7 +149,13 @@ def adapted(model: AnyModel, network: nn.Module, precision: Precision, batch_siz
     classifier = model.black_box
     if not isinstance(classifier, Classifier):
         raise TypeError(f"expected a Classifier, found {type(classifier).__name__}")
-    layers = Adapted(network, precision, batch_size)
+    layers: BlackBox
+    if precision.onnxruntime:
+        if model.device.type != "cpu":
+            raise TypeError(f"onnxruntime is for the CPU, and the model is on {model.device}")
+        layers = converted(network, model.preprocessing.size)
+    else:
+        layers = Adapted(network, precision, batch_size)
     black_box = Classifier(
         layers, classifier.mean, classifier.std, classifier.activation, precision.channels_last
     )

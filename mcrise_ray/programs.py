@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mcrise_ray.errors import ModelError
 from mcrise_ray.layout import Layout, in_parts
 from mcrise_ray.loading import Loaded, ModelSpec, first_line, optional, options_of
+from mcrise_ray.sessions import Converted, open_session
 
 
 class ExportedProgram(nn.Module):
@@ -97,13 +99,9 @@ def load_onnx(spec: ModelSpec, device: torch.device) -> Loaded:
             f"expected a device of ONNX Runtime, which has no CUDA here, found {device}; "
             "say --device cpu, or install onnxruntime-gpu"
         )
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
-    settings.inter_op_num_threads = 1
-    settings.log_severity_level = 3
-    cuda = [("CUDAExecutionProvider", {"device_id": device.index or 0})] if on_gpu else []
+    cuda = (("CUDAExecutionProvider", {"device_id": device.index or 0}),) if on_gpu else ()
     try:
-        session = onnxruntime.InferenceSession(path, settings, providers=[*cuda, "CPUExecutionProvider"])
+        session = open_session(path, cuda)
     except Exception as error:
         raise ModelError(
             f"cannot load --model {path}: {first_line(error)}; expected an ONNX model"
@@ -119,6 +117,20 @@ def load_onnx(spec: ModelSpec, device: torch.device) -> Loaded:
         return in_parts(ask, images, least=1, most=layout.batch)
 
     return Loaded(network, layout.preprocessing(), device if on_gpu else torch.device("cpu"))
+
+
+def converted(network: nn.Module, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """A network on the CPU as ONNX Runtime runs it there; an exported program in batches of its sizes.
+
+    Raises:
+        ModelError: ONNX Runtime or what exports to it is not installed. Whatever export raises passes
+            through.
+    """
+    if not isinstance(network, ExportedProgram):
+        return Converted(network, size)
+    least, most = network.least, network.most
+    ask = Converted(network.program, size, least if least == most else None)
+    return partial(in_parts, ask, least=least, most=most)
 
 
 def _onnx_function(session: Any, name: str, output: str, layout: Layout) -> Callable[[Tensor], Tensor]:

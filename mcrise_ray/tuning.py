@@ -38,6 +38,7 @@ PrecisionChoice = Literal[
     "float32",
     "channels_last",
     "bfloat16",
+    "onnxruntime",
     "compiled",
     "channels_last+bfloat16",
     "channels_last+compiled",
@@ -45,7 +46,7 @@ PrecisionChoice = Literal[
     "channels_last+bfloat16+compiled",
 ]
 BatchSizeChoice = int | Literal["auto"]
-Step = Literal["channels_last", "bfloat16", "compiled"]
+Step = Literal["channels_last", "bfloat16", "onnxruntime", "compiled"]
 Scored = Callable[[AnyModel, UInt8[np.ndarray, "H W 3"]], BlackBox]
 """From a model and an image at its size to what is asked about that image while it is masked."""
 
@@ -60,7 +61,10 @@ _AT_ONCE = {"cpu": 16, "cuda": 64}  # large batches fall out of a CPU's caches, 
 _GAIN = 1.05  # what gains less is not worth a rounding
 _REPEATS = 5
 _FEW = 1000  # masks; the trials cost a few hundred
-_SHORT = 120.0  # seconds of work; compiling costs 10 to 60
+_WORK: dict[Step, float] = {  # seconds, which a step must have to save some of
+    "onnxruntime": 30.0,  # exporting costs 3 to 6
+    "compiled": 120.0,  # compiling costs 10 to 60
+}
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,9 @@ def settle(
         spec: of the masks.
         image: one of the job's, of any size; where there is none yet, random colours stand in.
         scored: whose scores are compared; those of the model itself by default.
-        precision: `"float32"` changes nothing; `"auto"` tries channels_last, bfloat16 and torch.compile, each
-            on top of what was kept; steps that are named are taken untried, for a batch size that is given.
+        precision: `"float32"` changes nothing; `"auto"` tries channels_last, bfloat16, ONNX Runtime in place
+            of torch, and torch.compile on top of what was kept of the first two; steps that are named are
+            taken untried, for a batch size that is given.
         batch_size: `"auto"` tries several.
         masks: how many one worker will score, where that is known: trials are not worth it for a few.
         memory_share: of the memory that is free now, which the batches may take.
@@ -118,6 +123,7 @@ def settle(
         trials.notes.append(f"float32: {masks} masks are not worth trials")
     else:
         trials.try_eager()
+        trials.try_onnxruntime()
     size = trials.fastest_batch(memory_share) if batch_size == "auto" else batch_size
     trials.try_compiled(size)
     kept = trials.kept.precision.model_copy(update={"notes": tuple(trials.notes)})
@@ -157,7 +163,9 @@ class _Trials(Generic[AnyModel]):
         self._reference: np.ndarray | None = None  # scores in float32, once precision is tried
         self.few = masks is not None and masks < _FEW
         black_box = scored(model, self._prepared)
-        self.kept: _Asked[AnyModel] = _Asked(model, black_box, network_of(model), Precision())
+        self._plain: _Asked[AnyModel] = _Asked(model, black_box, network_of(model), Precision())
+        self._eager: _Asked[AnyModel] = self._plain
+        self.kept: _Asked[AnyModel] = self._plain
         self.notes: list[str] = []
 
     def try_eager(self) -> None:
@@ -172,18 +180,28 @@ class _Trials(Generic[AnyModel]):
         steps: tuple[Step, ...] = ("channels_last", "bfloat16")
         for step in steps:
             self._try(step, self._at_once)
+        self._eager = self.kept
+
+    def try_onnxruntime(self) -> None:
+        """Try ONNX Runtime instead of torch, on the CPU, where there is work enough."""
+        if self.kept.model.device.type == "cpu" and self._is_worth("onnxruntime"):
+            self._try("onnxruntime", self._at_once)
 
     def try_compiled(self, batch_size: int) -> None:
         """Try torch.compile for batches of that size, where precision is tried and there is work enough."""
-        if self._reference is None:
-            return
-        if self._masks is not None:
-            part = self._batch(self._at_once, self.kept)
-            work = seconds(lambda: self.kept.scores(part), _REPEATS) / len(part) * self._masks
-            if work < _SHORT:
-                self.notes.append(f"compiled: not tried, for {work:.0f} s of work")
-                return
-        self._try("compiled", batch_size)
+        if self._reference is not None and self._is_worth("compiled"):
+            self._try("compiled", batch_size)
+
+    def _is_worth(self, step: Step) -> bool:
+        """There is work enough to gain more than the step costs, as far as is known."""
+        if self._masks is None:
+            return True
+        part = self._batch(self._at_once, self.kept)
+        work = seconds(lambda: self.kept.scores(part), _REPEATS) / len(part) * self._masks
+        if work < _WORK[step]:
+            self.notes.append(f"{step}: not tried, for {work:.0f} s of work")
+            return False
+        return True
 
     def fastest_batch(self, memory_share: float) -> int:
         """The batch size for what was kept so far."""
@@ -229,15 +247,16 @@ class _Trials(Generic[AnyModel]):
         self.kept = replace(trial, precision=trial.precision.model_copy(update=seen))
 
     def _with(self, step: Step, batch_size: int) -> _Asked[AnyModel]:
-        """What was kept, with one step more."""
-        network = self.kept.network
+        """What was kept, with one step more; instead of all others, where that is ONNX Runtime."""
+        base = self._plain if step == "onnxruntime" else self._eager if step == "compiled" else self.kept
+        network = base.network
         if network is None:
             raise AssertionError("only a network of ours is tried")
         if step == "channels_last":
             # A copy, because both are timed in turn.
             network = copy.deepcopy(network).to(memory_format=torch.channels_last)
-        precision = self.kept.precision.model_copy(update={step: True})
-        model = adapted(self.kept.model, network, precision, batch_size)
+        precision = base.precision.model_copy(update={step: True})
+        model = adapted(base.model, network, precision, batch_size)
         return _Asked(model, self._scored(model, self._prepared), network, precision)
 
     def _scores(self, asked: _Asked[AnyModel], batch_size: int) -> Float64[np.ndarray, "N C"]:

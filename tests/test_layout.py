@@ -36,6 +36,7 @@ ORDER = [
     "servers",
     "loading",
     "zoo",
+    "sessions",
     "programs",
     "models",
     "baselines",

@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import networks
 import numpy as np
@@ -18,7 +20,9 @@ from torch import nn
 from torch.export import Dim
 
 import mcrise_ray as mr
+from mcrise_ray import programs
 from mcrise_ray.errors import ModelError, SpecError
+from mcrise_ray.precision import Execution, Precision, apply
 
 SIZE = (16, 24)
 SHARED = Path(__file__).parents[2] / "shared"
@@ -49,6 +53,37 @@ def test_exported_programs_take_any_number_of_images(tmp_path: Path, batch: Dim 
     for count in (1, 2, 3, 11):
         images = noise(count)
         torch.testing.assert_close(model(images), networks.tiny().eval()(images).softmax(1))
+
+
+@pytest.mark.parametrize("batch", [Dim("batch"), Dim("batch", min=2, max=8), 4], ids=["free", "2 to 8", "4"])
+def test_onnxruntime_runs_exported_programs_in_their_batches(tmp_path: Path, batch: Dim | int) -> None:
+    model = mr.load_model(exported(tmp_path / "m.pt2", batch))
+    plan = Execution(batch_size=5, threads=1, precision=Precision(onnxruntime=True))
+    fast = apply(model, plan)
+    for count in (1, 3, 11):
+        images = noise(count)
+        torch.testing.assert_close(fast(images), model(images), rtol=0, atol=1e-6)
+
+
+def test_onnxruntime_runs_networks_that_return_objects() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = networks.tiny()
+
+        def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.network(pixel_values))
+
+    network = Named().eval()
+    torch.testing.assert_close(
+        programs.converted(network, SIZE)(noise(3)), network(noise(3)).logits.detach(), rtol=0, atol=1e-6
+    )
+
+
+def test_without_onnxscript_nothing_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ModelError, match=r"cannot import onnxscript.*mcrise-ray\[onnx\]"):
+        programs.converted(networks.tiny().eval(), SIZE)
 
 
 def test_exported_program_with_another_normalisation(tmp_path: Path) -> None:

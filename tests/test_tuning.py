@@ -67,13 +67,14 @@ def model_of(network: nn.Module) -> Model:
 
 @pytest.fixture(autouse=True)
 def _no_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes many seconds: tests that are about it ask for `compiler`."""
+    """Compiling and converting take seconds: tests that are about it ask for `compiler`."""
 
     def refuse(*args, **kwargs) -> None:
         raise RuntimeError("no compiler here\nno, really")
 
     if "compiler" not in request.fixturenames:
         monkeypatch.setattr(torch, "compile", refuse)
+        monkeypatch.setattr(precision, "converted", refuse)
 
 
 @pytest.fixture
@@ -156,9 +157,43 @@ def test_only_whole_batches_are_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(asked) == {10}
 
 
+def test_onnxruntime_is_kept_instead_of_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And torch.compile is tried on top of what torch does, not of that."""
+    compiled: list[nn.Module] = []
+
+    def compiles(network: nn.Module, **options: object) -> nn.Module:
+        compiled.append(network)
+        return network
+
+    def runs(network: nn.Module, size: tuple[int, int]) -> nn.Module:
+        assert size == SIZE
+        return nn.Sequential(network.conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), network.head)
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    monkeypatch.setattr(precision, "converted", runs)
+    monkeypatch.setattr(
+        tuning, "speed_ratio", lambda base, trial, repeats: 0.9 if compiled else 1.5
+    )  # all that is tried before is faster
+    model = model_of(Scripted())
+    before = scores(model, masked(model, 8))
+    settled = settle(model, SPEC, IMAGE, batch_size=8)
+    chosen = settled.execution.precision
+    assert [step for step in precision.STEPS if getattr(chosen, step)] == ["onnxruntime"]
+    assert chosen.speedup == pytest.approx(1.5**3)
+    assert str(chosen).startswith("onnxruntime (3.4 times as fast as float32")
+    assert [isinstance(network, Scripted) for network in compiled] == [True]
+    np.testing.assert_allclose(scores(settled.model, masked(settled.model, 8)), before, rtol=0, atol=1e-6)
+
+
+def test_onnxruntime_runs_a_network_alone() -> None:
+    with pytest.raises(SpecError, match="expected onnxruntime alone"):
+        Precision(onnxruntime=True, channels_last=True)
+
+
 def test_little_work_is_not_compiled_and_less_not_tried() -> None:
     some = settle(model_of(Scripted()), SPEC, IMAGE, batch_size=8, masks=2000).execution.precision
-    assert any(re.fullmatch(r"compiled: not tried, for \d+ s of work", note) for note in some.notes)
+    for step in ("onnxruntime", "compiled"):
+        assert any(re.fullmatch(rf"{step}: not tried, for \d+ s of work", note) for note in some.notes)
     few = settle(model_of(Scripted("bfloat16")), SPEC, IMAGE, masks=100).execution
     assert few.precision.notes == ("float32: 100 masks are not worth trials",)
     assert few.batch_size == 64
@@ -233,20 +268,37 @@ def test_applying_float32_changes_nothing_but_the_threads() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_compiled_model_is_compiled_once_and_gives_the_same_bits_to_every_worker() -> None:
-    from torch._dynamo.utils import counters
-
-    def network() -> nn.Module:
-        scripted = Scripted()
-        return nn.Sequential(scripted.conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), scripted.head)
-
-    execution = Execution(batch_size=8, threads=1, precision=Precision(channels_last=True, compiled=True))
-    parts = ((0, 8), (8, 16), (16, 21), (16, 24), (3, 4))
-    plain = model_of(network())
+def test_a_converted_model_gives_the_scores_of_float32_and_the_same_bits_to_every_worker() -> None:
+    execution = Execution(batch_size=8, threads=1, precision=Precision.named("onnxruntime"))
+    parts = ((0, 8), (16, 21), (3, 4))
+    plain = model_of(plainly(Scripted()))
     expected = scores(plain, masked(plain, 24))
     found = []
     for _ in range(2):
-        model = apply(model_of(network()), execution)
+        model = apply(model_of(plainly(Scripted())), execution)
+        images = masked(model, 24)
+        found.append([scores(model, images[a:b]) for a, b in parts])
+    for (a, b), first, second in zip(parts, *found, strict=True):
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_allclose(first, expected[a:b], rtol=0, atol=1e-6)
+
+
+def plainly(network: Scripted) -> nn.Module:
+    """The same layers, without the script."""
+    return nn.Sequential(network.conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), network.head)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_model_is_compiled_once_and_gives_the_same_bits_to_every_worker() -> None:
+    from torch._dynamo.utils import counters
+
+    execution = Execution(batch_size=8, threads=1, precision=Precision(channels_last=True, compiled=True))
+    parts = ((0, 8), (8, 16), (16, 21), (16, 24), (3, 4))
+    plain = model_of(plainly(Scripted()))
+    expected = scores(plain, masked(plain, 24))
+    found = []
+    for _ in range(2):
+        model = apply(model_of(plainly(Scripted())), execution)
         compiled = counters["stats"]["unique_graphs"]
         assert compiled > 0
         images = Subject(model, IMAGE, SPEC).blend(draw(SPEC, 0, 24))
