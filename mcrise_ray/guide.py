@@ -48,7 +48,7 @@ _WORTH = (
 _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _NOT_ONE = 1e-2  # how far the sum of probabilities may lie from 1: bfloat16 rounds them
 _RIVALS = 7
-_CHUNK = 512  # masks predicted at a time
+_CHUNK = 1024  # masks predicted at a time
 _KEPT = 4  # guides whose windows a worker keeps: they take 6 MiB each
 _SMALLEST = 1e-6  # of the way between the bounds; a score nearer than this to one of them has no finite logit
 _NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(21)
@@ -205,21 +205,22 @@ def learn(
     windows = Windows.of(known, (grid[0], spec.K, grid[1]), scale, device)
     share = np.clip(scores[:, :targets], _SMALLEST, 1 - _SMALLEST)
     truth = np.log(share / (1 - share))
-    constants, weights, unseen = kernel_ridge(
+    constants, weights, tested, unseen = kernel_ridge(
         windows.alike(known), np.concatenate([truth, _logarithms(scores)], axis=1) if rivals else truth
     )
     # How far predictions are to be believed is judged by masks that are predicted without their own scores.
-    inputs = _inputs(unseen, targets)
-    mix = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(inputs, truth.T, strict=True)])
-    spread = (truth - _mixed(mix, unseen)).std(axis=0)
+    inputs, seen = _inputs(unseen, targets), truth[tested]
+    mix = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(inputs, seen.T, strict=True)])
+    spread = (seen - _mixed(mix, unseen)).std(axis=0)
 
     basis, fresh = _fresh_features(spec, size, grid)
     best, doubt = _moments(_mixed(mix, constants + windows.similar(fresh, weights)), spread)
     variance = doubt.mean(axis=0)
     if left is not None:
         gain = (doubt**0.5).mean(axis=0) ** 2 / np.maximum(variance, 1e-300)
-        mine = ((scores[:, :targets] - _moments(_mixed(mix, unseen), spread)[0]) ** 2).mean(axis=0) * gain
-        theirs = (left[-MOST_LEARNT:] ** 2).mean(axis=0)
+        known_scores = scores[tested, :targets]
+        mine = ((known_scores - _moments(_mixed(mix, unseen), spread)[0]) ** 2).mean(axis=0) * gain
+        theirs = (left[-MOST_LEARNT:][tested] ** 2).mean(axis=0)
         if not (mine / np.maximum(theirs, 1e-300)).mean() < _WORTH:
             return None
     line = ridge(basis, fresh, best, np.ones(len(fresh), dtype=bool))

@@ -2,8 +2,8 @@
 
 The kernel is a mean, over overlapping windows of the image, of Gaussians of the features in each window.
 
-Axes: N masks; S masks learnt from; Q quantities that are predicted; D features, which are Y patch rows, K
-fills and X patch columns, and of which a window has V.
+Axes: N masks; S masks learnt from, of which T are tested; Q quantities that are predicted; D features, which
+are Y patch rows, K fills and X patch columns, and of which a window has V.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 _WIDTH = 0.85  # of the kernel, in mean squared differences of features of a window
 _WINDOWS = 3  # along each axis; each spans half of it
 _STRENGTHS = 10.0 ** np.arange(-3, 2.1, 0.5)  # of the ridge; a mask is alike to itself by 1
-_CHOSEN_BY = 512  # masks by which the ridge is chosen: eigenvectors of more take seconds
-_AT_ONCE = 256  # masks compared with those learnt from at a time, so that the products stay in the cache
+_TESTED = 512  # masks by which the ridge is chosen and judged: eigenvectors of more take seconds
+_AT_ONCE = (
+    1024  # masks compared with those learnt from at a time: of fewer, two threads have too little to do
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Windows:
         device: torch.device | str = "cpu",
     ) -> Windows:
         """Of masks with the given features, whose axes are (Y, K, X); likeness is computed on the device."""
-        sides = (_sides(part)[1] for part in _parts(features, shape, scale, torch.device(device)))
-        return Windows(tuple(side.T.contiguous() for side in sides), shape, scale)
+        parts = _parts(features, shape, scale, torch.device(device))
+        return Windows(tuple(_right(part).T.contiguous() for part in parts), shape, scale)
 
     def alike(self, features: Float64[np.ndarray, "N D"]) -> Float64[Tensor, "N S"]:
         """How alike other masks are to each of these, between 0 and 1."""
@@ -77,7 +79,7 @@ class Windows:
             rows = slice(len(windows[0]))
             for place, (window, right) in enumerate(zip(windows, self.right, strict=True)):
                 into = one[rows] if place else total[rows]
-                torch.mm(_sides(window)[0], right, out=into).exp2_()
+                torch.mm(_left(window), right, out=into).exp2_()
                 if place:
                     total[rows].add_(into)
             yield part, total[rows].div_(len(self.right))
@@ -105,37 +107,69 @@ def _along(count: int) -> tuple[int, list[int]]:
     return span, sorted({round(place) for place in np.linspace(0, count - span, _WINDOWS)})
 
 
-def _sides(window: Float32[Tensor, "N V"]) -> tuple[Float32[Tensor, "N W"], Float32[Tensor, "N W"]]:
-    """What has to be multiplied for `-|a - b|**2 / 2`."""
-    half, one = (window**2).sum(dim=1, keepdim=True) / 2, window.new_ones(len(window), 1)
-    return torch.cat([window, -half, one], dim=1), torch.cat([window, one, -half], dim=1)
+def _left(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N W"]:
+    """What has to be multiplied with `_right` of other masks for `-|a - b|**2 / 2`."""
+    return torch.cat([window, -_half(window), window.new_ones(len(window), 1)], dim=1)
+
+
+def _right(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N W"]:
+    return torch.cat([window, window.new_ones(len(window), 1), -_half(window)], dim=1)
+
+
+def _half(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N 1"]:
+    return window.square().sum(dim=1, keepdim=True) / 2
 
 
 def kernel_ridge(
     alike: Float64[Tensor, "S S"], truth: Float64[np.ndarray, "S Q"]
-) -> tuple[Float64[np.ndarray, " Q"], Float64[np.ndarray, "S Q"], Float64[np.ndarray, "S Q"]]:
-    """Constants, weights, and what each mask is predicted to have by a fit to all the others.
+) -> tuple[
+    Float64[np.ndarray, " Q"],
+    Float64[np.ndarray, "S Q"],
+    Int64[np.ndarray, " T"],
+    Float64[np.ndarray, "T Q"],
+]:
+    """Constants and weights; and of T of the masks, which ones, and what they are predicted to have by a fit
+    to all masks but themselves.
 
-    The ridge is the one with the least error of such predictions of some of the masks. It does not depend on
+    The ridge is the one with the least error of such predictions among the T alone. It does not depend on
     their number: it is the noise of a score in units of the kernel.
     """
     constants = truth.mean(axis=0)
-    around = torch.from_numpy(truth - constants).to(alike.device)
-    some = slice(-min(len(alike), _CHOSEN_BY), None)
-    values, vectors = torch.linalg.eigh(alike[some, some])
-    along = vectors.T @ around[some]
+    tested = np.arange(0, len(alike), max(1, len(alike) // _TESTED))
+    # The tested ones come last: of the inverse, what concerns them is the inverse of the last block alone.
+    order = np.concatenate([np.delete(np.arange(len(alike)), tested), tested])
+    along = torch.from_numpy(order).to(alike.device)
+    alike = alike[along[:, None], along]
+    around = torch.from_numpy((truth - constants)[order]).to(alike.device)
+    last = slice(len(order) - len(tested), None)
+    lower = _factor(alike, _strengths(alike[last, last], around[last]))
+    solved = torch.cholesky_solve(around, lower)
+    left = solved[last] / torch.cholesky_inverse(lower[last, last]).diagonal()[:, None]
+    weights = np.empty(truth.shape)
+    weights[order] = solved.cpu().numpy()
+    return constants, weights, tested, constants + (around[last] - left).cpu().numpy()
+
+
+def _strengths(alike: Float64[Tensor, "T T"], around: Float64[Tensor, "T Q"]) -> list[float]:
+    """Of the ridge: the one with the least error of predictions of each by all the others, and all above."""
+    values, vectors = torch.linalg.eigh(alike)
+    along = vectors.T @ around
     scale = around.square().sum(dim=0).clamp_min(1e-300)
     errors = []
     for strength in _STRENGTHS:
         shrunk = 1 / (values.clamp_min(0) + strength)
         left = vectors @ (shrunk[:, None] * along) / (vectors.square() @ shrunk)[:, None]
         errors.append(float((left.square().sum(dim=0) / scale).sum()))
-    one = torch.eye(len(alike), dtype=alike.dtype, device=alike.device)
-    for strength in _STRENGTHS[int(np.argmin(errors)) :]:  # the next one where roundings are larger than that
-        lower, failed = torch.linalg.cholesky_ex(alike + strength * one)
+    return [float(strength) for strength in _STRENGTHS[int(np.argmin(errors)) :]]
+
+
+def _factor(alike: Float64[Tensor, "S S"], strengths: list[float]) -> Float64[Tensor, "S S"]:
+    """Cholesky's, of the matrix with the first ridge that is larger than its roundings; it is overwritten."""
+    diagonal = alike.diagonal().clone()
+    lower = alike
+    for strength in strengths:
+        alike.diagonal().copy_(diagonal + strength)
+        lower, failed = torch.linalg.cholesky_ex(alike)
         if not failed:
             break
-    inverse = torch.cholesky_inverse(lower)
-    weights = inverse @ around
-    left = weights / inverse.diagonal()[:, None]
-    return constants, weights.cpu().numpy(), constants + (around - left).cpu().numpy()
+    return lower

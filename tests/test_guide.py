@@ -336,22 +336,23 @@ def test_kernel_is_a_mean_of_gaussians_of_windows() -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("masks", [60, 600])
+@pytest.mark.parametrize("masks", [60, 600, 1200])
 def test_masks_are_predicted_without_their_own_scores(masks: int) -> None:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(masks, 4 * 2 * 3))
     windows = Windows.of(features, (4, 2, 3), scale=1.0)
     truth = np.stack([features[:, 0] + 0.1 * rng.normal(size=masks), rng.normal(size=masks)], axis=1)
-    constants, weights, unseen = kernel_ridge(windows.alike(features), truth)
+    constants, weights, tested, unseen = kernel_ridge(windows.alike(features), truth)
     left = truth - constants - windows.similar(features, weights)
     strength = (left / weights).mean()
-    for place in (0, masks - 1):
+    np.testing.assert_array_equal(tested, range(0, masks, max(1, masks // 512)))
+    for known, place in ((0, tested[0]), (-1, tested[-1])):
         others = np.arange(masks) != place
         alike = windows.alike(features).numpy()
         solved = np.linalg.solve(
             alike[np.ix_(others, others)] + strength * np.eye(masks - 1), (truth - constants)[others]
         )
-        np.testing.assert_allclose(unseen[place], constants + alike[place, others] @ solved, atol=1e-3)
+        np.testing.assert_allclose(unseen[known], constants + alike[place, others] @ solved, atol=1e-3)
 
 
 def test_a_kernel_with_roundings_has_a_ridge_that_is_larger_than_they_are() -> None:
@@ -360,7 +361,7 @@ def test_a_kernel_with_roundings_has_a_ridge_that_is_larger_than_they_are() -> N
     alike = Windows.of(features, (4, 2, 3), scale=1.0).alike(features)
     alike -= 0.01 * torch.eye(40)
     alike[:, 1:2], alike[1:2] = alike[:, :1], alike[:1]  # two masks alike, but for what was taken off
-    constants, weights, unseen = kernel_ridge(alike, features[:, :1])
+    constants, weights, _, unseen = kernel_ridge(alike, features[:, :1])
     assert np.isfinite(weights).all()
     assert np.isfinite(unseen).all()
     assert abs(constants[0] - features[:, 0].mean()) < 1e-12
