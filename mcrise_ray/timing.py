@@ -57,19 +57,6 @@ def alternate(name: str, first: Run, second: Run, repeats: int, remark: str = ""
     return Ratio.of(name, [(_seconds(first), _seconds(second)) for _ in range(repeats)], remark)
 
 
-def at_equal_error(equal_n: Ratio, variances: float) -> Ratio:
-    """The ratio of times to the same error, from the one at the same N: variances fall as 1 / N.
-
-    Args:
-        equal_n: theirs over ours.
-        variances: of their map over ours, at the same N.
-    """
-    times = (equal_n.ratio, equal_n.low, equal_n.high, equal_n.first)
-    ratio, low, high, first = (variances * time for time in times)
-    name = equal_n.name.replace("equal N", "equal error")
-    return Ratio(name, ratio, low, high, first, equal_n.second, f"ratio of variances {variances:.2f}")
-
-
 def speed_ratio(base: Run, trial: Run, repeats: int) -> float:
     """How many times as fast `trial` is; a hopeless one is not repeated."""
     base()

@@ -17,13 +17,21 @@ from typer.testing import CliRunner
 import mcrise_ray as mr
 from mcrise_ray import bench
 from mcrise_ray.baselines import rise_as_published, xaitk_mc_rise
-from mcrise_ray.bench import BenchSpec, Case, cost, memory_beyond_model, prepare, variance_ratio
+from mcrise_ray.bench import (
+    BenchSpec,
+    Case,
+    cost,
+    masks_of_variance,
+    memory_beyond_model,
+    prepare,
+    variance,
+)
 from mcrise_ray.cli import app
 from mcrise_ray.jobs import Summary
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.masks import draw
-from mcrise_ray.timing import Ratio, at_equal_error
+from mcrise_ray.timing import Ratio
 
 MODEL = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
 IMAGE = np.random.default_rng(0).integers(0, 256, (33, 40, 3), dtype=np.uint8)
@@ -100,11 +108,14 @@ def test_a_wrong_part_is_one_line() -> None:
 
 def test_rise_is_measured_at_equal_n_and_at_equal_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "memory_beyond_model", lambda case, spec, what: len(what) * 2**30)
-    monkeypatch.setattr(bench, "variance_ratio", lambda case, first, second: 3.0)
+    scaled = {"paper": 4.0, "importance": 1.0}
+    monkeypatch.setattr(bench, "variance", lambda case, spec: scaled[spec.estimator] / spec.masks**2)
+    case = replace(case, bench=case.bench.model_copy(update={"explain": mr.ExplainSpec(masks=480)}))
     equal_n, equal_error = bench.rise(case)
     assert equal_n.remark == "memory beyond the model's: 4.00 GiB / 4.000 GiB"
-    assert equal_error.ratio == pytest.approx(3 * equal_n.ratio)
     assert equal_error.name == "RISE as published / ours, equal error"
+    assert equal_error.remark == "N = 480 / 240; standard errors 0.00417 / 0.00417"
+    assert equal_error.second < equal_n.second
 
 
 def test_xaitk_says_where_memory_ends(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,10 +127,23 @@ def test_xaitk_says_where_memory_ends(case: Case, monkeypatch: pytest.MonkeyPatc
     assert "exceeds 24 GiB at N = 1,408" in ratio.remark
 
 
-def test_variances_are_those_over_seeds(case: Case) -> None:
-    few, many = (mr.ExplainSpec(masks=masks, estimator="paper") for masks in (64, 256))
-    assert variance_ratio(case, few, few) == 1
-    assert 2 < variance_ratio(case, few, many) < 8
+@pytest.mark.parametrize(("goal", "masks"), [(1e-3, 1000), (0.9e-3, 1000), (2e-3, 500), (3e-3, 333), (1, 62)])
+def test_masks_of_a_variance_are_interpolated(
+    case: Case, monkeypatch: pytest.MonkeyPatch, goal: float, masks: int
+) -> None:
+    monkeypatch.setattr(bench, "variance", lambda case, spec: 1 / spec.masks)
+    assert masks_of_variance(case, mr.ExplainSpec(masks=1000), goal) == masks
+
+
+def test_variances_are_those_of_standard_errors(case: Case) -> None:
+    """Of the maps, over seeds, within what 30 seeds tell."""
+    spec = mr.ExplainSpec(method="mc-rise", masks=200, grid=(3, 3), estimator="paper")
+    maps = [mr.explain(case.tuned, case.image, case.target, _seeded(spec, seed)).maps for seed in range(30)]
+    assert variance(case, spec) == pytest.approx(float(np.var(maps, axis=0, ddof=1).mean()), rel=0.2)
+
+
+def _seeded(spec: mr.ExplainSpec, seed: int) -> mr.ExplainSpec:
+    return spec.model_copy(update={"seed": seed})
 
 
 def test_actors_are_measured_through_jobs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +178,6 @@ def test_a_measurement_that_dies_says_so(case: Case) -> None:
 def test_ratios_are_medians_of_pairs() -> None:
     ratio = Ratio.of("A / B", [(2.0, 1.0), (9.0, 3.0), (4.0, 4.0)])
     assert (ratio.ratio, ratio.low, ratio.high, ratio.first, ratio.second) == (2.0, 1.0, 3.0, 4.0, 3.0)
-    assert at_equal_error(Ratio.of("x, equal N", [(2.0, 1.0)]), 2.5).ratio == 5.0
 
 
 def test_what_an_image_costs() -> None:
