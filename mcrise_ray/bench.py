@@ -251,8 +251,8 @@ def masks_of_variance(case: Case, spec: ExplainSpec, goal: float) -> int:
     while above > _FEWEST:
         below, found = above // 2, variance(case, spec.model_copy(update={"masks": above // 2}))
         if found > goal:
-            share = float(np.log(goal / reached) / np.log(found / reached))
-            return round(above * (below / above) ** share)
+            share = np.log(goal / reached) / np.log(found / reached)
+            return round(float(above * (below / above) ** share))
         above, reached = below, found
     return above
 

@@ -95,7 +95,7 @@ class Guide:
 
         It depends on nothing that was scored: if what seems luckier weighed more, the maps would be biased.
         """
-        return 1.6 + 0.3 * float(np.log2(max(len(self.learnt), 512) / 512))
+        return 2.2 + 0.4 * float(np.log2(max(len(self.learnt), 512) / 512))
 
 
 @dataclass(frozen=True, eq=False)

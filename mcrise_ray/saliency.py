@@ -61,13 +61,9 @@ class UnitSums:
 
     def square(self, masks: Masks, scores: Float64[np.ndarray, "B L"]) -> None:
         """Add the squares of what each mask adds to the maps, at the points of `lattice`."""
-        self.add_squares(masks, scores**2)
-
-    def add_squares(self, masks: Masks, squares: Float64[np.ndarray, "B L"]) -> None:
-        """The same for scores that are squared already."""
         rows, columns, values = self._points
         weights = sampled(masks, self._size, rows, columns, values).square_().flatten(1)
-        added = torch.from_numpy(squares).float().T @ weights
+        added = torch.from_numpy(scores**2).float().T @ weights
         self._squares += added.view(self._squares.shape).numpy()
 
     def partial(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def open_session(path: str, providers: tuple[Any, ...] = ()) -> Any:
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = 3
     return onnxruntime.InferenceSession(path, settings, providers=[*providers, "CPUExecutionProvider"])
+
+
+def can_convert() -> bool:
+    """What `Converted` needs is installed."""
+    return all(find_spec(name) is not None for name in ("onnxruntime", "onnxscript"))
 
 
 class Converted:

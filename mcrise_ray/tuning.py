@@ -30,6 +30,7 @@ from mcrise_ray.memory import keep_freed
 from mcrise_ray.precision import AnyModel, Execution, Precision, adapted, apply, layout_of, network_of
 from mcrise_ray.scores import BlackBox, Classifier, ask, input_space
 from mcrise_ray.servers import ServerModel
+from mcrise_ray.sessions import can_convert
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.timing import seconds, speed_ratio
 
@@ -184,8 +185,12 @@ class _Trials(Generic[AnyModel]):
 
     def try_onnxruntime(self) -> None:
         """Try ONNX Runtime instead of torch, on the CPU, where there is work enough."""
-        if self.kept.model.device.type == "cpu" and self._is_worth("onnxruntime"):
-            self._try("onnxruntime", self._at_once)
+        if self.kept.model.device.type != "cpu" or not self._is_worth("onnxruntime"):
+            return
+        if not can_convert():
+            self.notes.append('onnxruntime: not tried, but often faster: pip install "mcrise-ray[onnx]"')
+            return
+        self._try("onnxruntime", self._at_once)
 
     def try_compiled(self, batch_size: int) -> None:
         """Try torch.compile for batches of that size, where precision is tried and there is work enough."""
@@ -248,7 +253,7 @@ class _Trials(Generic[AnyModel]):
 
     def _with(self, step: Step, batch_size: int) -> _Asked[AnyModel]:
         """What was kept, with one step more; instead of all others, where that is ONNX Runtime."""
-        base = self._plain if step == "onnxruntime" else self._eager if step == "compiled" else self.kept
+        base = {"onnxruntime": self._plain, "compiled": self._eager}.get(step, self.kept)
         network = base.network
         if network is None:
             raise AssertionError("only a network of ours is tried")

@@ -1,7 +1,8 @@
 """One audit on a cluster of several nodes, with everything going wrong: `python chaos.py SEED FOLDER`.
 
-To be run in a network and process namespace of its own. Prints one line of JSON: what was done, and whether
-the result is the undisturbed one.
+`python chaos.py SEED FOLDER guided` gives images enough masks that a guide picks them (`mcrise_ray.guide`).
+To be run in a network and process namespace of its own. Prints one line of JSON: what was done, whether the
+result is the undisturbed one, and how many of its maps came of a guide.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -30,8 +31,8 @@ from mcrise_ray.loading import ModelSpec
 from mcrise_ray.spec import ExplainSpec
 
 HERE = Path(__file__).parent
-IMAGES = 40
-UNITS = 12
+IMAGES = {False: 40, True: 24}  # of an audit without guides, and with
+UNITS = {False: 12, True: 24}
 HOG_GIB = 6.0
 QUICK_TO_NOTICE_DEATH = {
     "RAY_health_check_initial_delay_ms": "500",
@@ -42,17 +43,24 @@ QUICK_TO_NOTICE_DEATH = {
 QUICK_TO_RUN_OUT = {"RAY_memory_monitor_refresh_ms": "100"}
 
 
-def job(root: Path, output: str, actors: int, seconds: float) -> JobSpec:
+def is_guided(root: Path) -> bool:
+    return (root / "guided").exists()
+
+
+def job(
+    root: Path, output: str, actors: int, seconds: float, estimator: Literal["importance", "control-variate"]
+) -> JobSpec:
+    guided = is_guided(root)
     return JobSpec(
         images=(str(root / "images"),),
         model=ModelSpec(
-            model="blackboxes:slow_means",
+            model=f"blackboxes:slow_{'steep' if guided else 'means'}",
             args={"seconds": str(seconds), "flag": str(root / "hog"), "gib": str(HOG_GIB)},
-            preprocessing={"size": (20, 24), "activation": "none"},
+            preprocessing={"size": (20, 24), "activation": "softmax" if guided else "none"},
         ),
         output=str(root / output),
         targets=(0, 2),
-        explain=ExplainSpec(masks=64 * UNITS, grid=(4, 4)),
+        explain=ExplainSpec(masks=64 * UNITS[guided], grid=(4, 4), estimator=estimator),
         actors=actors,
         figures=0,
         batch_size=64,
@@ -62,8 +70,9 @@ def job(root: Path, output: str, actors: int, seconds: float) -> JobSpec:
 
 
 def same_but_the_delay(root: Path) -> None:
-    """The undisturbed run: in this process, in order."""
-    run_job(job(root, "undisturbed", 0, 0.0), Silent())
+    """The undisturbed run: in this process, in order; and another one, in which nothing is picked."""
+    run_job(job(root, "undisturbed", 0, 0.0, "importance"), Silent())
+    run_job(job(root, "unguided", 0, 0.0, "control-variate"), Silent())
 
 
 def content(output: Path) -> tuple[dict[tuple[str, int], bytes], Counter[str]]:
@@ -73,10 +82,10 @@ def content(output: Path) -> tuple[dict[tuple[str, int], bytes], Counter[str]]:
     return dict(rows), times + Counter({row.image_id: 2 for row in results.errors})
 
 
-def make_images(root: Path) -> None:
+def make_images(root: Path, count: int) -> None:
     (root / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for n in range(IMAGES):
+    for n in range(count):
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(root / f"images/{n:03d}.png")
 
 
@@ -101,7 +110,7 @@ def drive(root: Path, address: str) -> None:
         def note(self, text: str) -> None:
             print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
-    summary = run_job(job(root, "out", 3, 0.05), Telling(), address=address)
+    summary = run_job(job(root, "out", 3, 0.05, "importance"), Telling(), address=address)
     (root / "summary.json").write_text(json.dumps(vars(summary)))
 
 
@@ -114,10 +123,13 @@ def actors() -> list[psutil.Process]:
     return found
 
 
-def run(seed: int, root: Path) -> dict[str, Any]:
+def run(seed: int, root: Path, guided: bool) -> dict[str, Any]:
     rng = random.Random(seed)
-    make_images(root)
-    corrupt = root / f"images/{rng.randrange(IMAGES):03d}.png"
+    images = IMAGES[guided]
+    make_images(root, images)
+    if guided:
+        (root / "guided").touch()
+    corrupt = root / f"images/{rng.randrange(images):03d}.png"
     corrupt.write_bytes(corrupt.read_bytes()[:60])
     same_but_the_delay(root)
     memory = psutil.virtual_memory()
@@ -129,7 +141,7 @@ def run(seed: int, root: Path) -> dict[str, Any]:
     cluster.wait_for_nodes()
     faults = ["kill actor", "kill node", "stall actor", "host memory", "kill driver"]
     rng.shuffle(faults)
-    total = IMAGES * UNITS * 64
+    total = images * UNITS[guided] * 64
     when = sorted(rng.uniform(0.05, 0.85) for _ in faults)
     done: list[str] = []
     before, driver = 0, start_driver(root, cluster.address)
@@ -159,15 +171,16 @@ def run(seed: int, root: Path) -> dict[str, Any]:
     hung = driver.poll() is None
     driver.kill()
     maps, times = content(root / "out")
-    undisturbed, _ = content(root / "undisturbed")
+    (undisturbed, _), (unguided, _) = content(root / "undisturbed"), content(root / "unguided")
     summary = json.loads((root / "summary.json").read_text()) if (root / "summary.json").exists() else None
     cluster.shutdown()
     return {
         "seed": seed,
         "faults": done,
-        "same": maps == undisturbed and len(maps) == 2 * (IMAGES - 1),
-        "once": len(times) == IMAGES and set(times.values()) == {2},
+        "same": maps == undisturbed and len(maps) == 2 * (images - 1),
+        "once": len(times) == images and set(times.values()) == {2},
         "hung": hung,
+        "guided": sum(maps[key] != unguided[key] for key in maps),
         "seconds": round(took, 1),
         "summary": summary,
     }
@@ -177,4 +190,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "drive":
         drive(Path(sys.argv[2]), sys.argv[3])
     else:
-        print(json.dumps(run(int(sys.argv[1]), Path(sys.argv[2]))))
+        print(json.dumps(run(int(sys.argv[1]), Path(sys.argv[2]), "guided" in sys.argv[3:])))

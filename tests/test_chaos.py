@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 RUNS = 20
+GUIDED_RUNS = 4
 HERE = Path(__file__).parent
 NAMESPACE = ("unshare", "-n", "-p", "-f", "--kill-child", "--mount-proc")
 
@@ -22,9 +23,9 @@ needs_namespaces = pytest.mark.skipif(
 )
 
 
-def survive(seed: int, tmp_path: Path) -> dict[str, Any]:
+def survive(seed: int, tmp_path: Path, how: str = "") -> dict[str, Any]:
     """One run in a namespace of its own; Ray's sockets need a short path."""
-    return in_a_namespace(f"{HERE}/chaos.py {seed} {tmp_path}/{seed}") or {
+    return in_a_namespace(f"{HERE}/chaos.py {seed} {tmp_path}/{seed} {how}") or {
         "seed": seed,
         "same": False,
         "once": False,
@@ -55,16 +56,18 @@ def in_a_namespace(script: str) -> dict[str, Any] | None:
 
 @pytest.mark.slow
 @needs_namespaces
-def test_twenty_audits_survive_everything_at_random_times(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "runs"), [("", RUNS), ("guided", GUIDED_RUNS)], ids=["twenty", "guided"])
+def test_audits_survive_everything_at_random_times(tmp_path: Path, how: str, runs: int) -> None:
     """Actor killed, node killed, actor stalled, host memory exhausted, driver killed, image corrupt."""
     reports = []
-    for seed in range(RUNS):
-        reports.append(survive(seed, tmp_path))
+    for seed in range(runs):
+        reports.append(survive(seed, tmp_path, how))
         print(json.dumps(reports[-1]), flush=True)
     survived = [report for report in reports if report["same"] and report["once"] and report["summary"]]
-    print(f"survived {len(survived)} of {RUNS}")
-    assert len(survived) == RUNS
+    print(f"survived {len(survived)} of {runs}")
+    assert len(survived) == runs
     assert all(len(report["faults"]) == 5 for report in reports)
+    assert all((report["guided"] > 0) == bool(how) for report in reports)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mcrise_ray as mr
-from mcrise_ray import batching, memory, precision, timing, tuning
+from mcrise_ray import batching, memory, precision, sessions, timing, tuning
 from mcrise_ray.batching import candidates, fastest
 from mcrise_ray.errors import SpecError
 from mcrise_ray.explainer import Subject
@@ -183,6 +183,12 @@ def test_onnxruntime_is_kept_instead_of_all_else(monkeypatch: pytest.MonkeyPatch
     assert str(chosen).startswith("onnxruntime (3.4 times as fast as float32")
     assert [isinstance(network, Scripted) for network in compiled] == [True]
     np.testing.assert_allclose(scores(settled.model, masked(settled.model, 8)), before, rtol=0, atol=1e-6)
+
+
+def test_without_onnxruntime_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "find_spec", lambda name: None if name == "onnxscript" else object())
+    notes = settle(model_of(Scripted()), SPEC, IMAGE, batch_size=8).execution.precision.notes
+    assert 'onnxruntime: not tried, but often faster: pip install "mcrise-ray[onnx]"' in notes
 
 
 def test_onnxruntime_runs_a_network_alone() -> None:
