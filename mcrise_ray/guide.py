@@ -41,10 +41,9 @@ _FIRST_CANDIDATE = 1 << 59  # the index of the first candidate, beyond every mas
 _FIRST_FRESH = 3 << 58  # the same of the masks that the linear part is fitted on
 _FRESH_PER_FEATURE = 4  # of those
 _FLOOR = 0.1  # share of the odds that is the same for all masks, so that no weight exceeds ten
-_WORTH = (
-    0.7  # of the variance that cross-fitted predictions leave, at most, or they are kept: on pure noise a
-)
-# guide may seem to save a fifth; on images of real classifiers it saves more than a third
+# Of the variance that cross-fitted predictions leave, at most, or they are kept: on pure noise a guide may
+# seem to save a fifth; on images of real classifiers it saves more than a third.
+_WORTH = 0.7
 _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _NOT_ONE = 1e-2  # how far the sum of probabilities may lie from 1: bfloat16 rounds them
 _RIVALS = 7
