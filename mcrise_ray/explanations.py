@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float32, Float64
 
-from mcrise_ray.saliency import Maps, Partial
+from mcrise_ray.saliency import Partial
 from mcrise_ray.spec import ExplainSpec
 
 
@@ -49,9 +50,20 @@ def explanation(
     """The maps of a reduction over all units; of one target after the other, which takes less memory and so
     less time.
     """
-    found = (total.of_target(place).finalize(spec) for place in range(len(targets)))
-    columns = zip(*(_rounded(one) for one in found), strict=True)
-    maps, raw, baseline, standard_error, relative_error = (np.concatenate(column) for column in columns)
+    shape = (len(targets), spec.K, *total.size)
+    maps, raw, standard_error = (np.empty(shape, np.float32) for _ in range(3))
+    baseline, relative_error = np.empty((len(targets), *total.size), np.float32), np.empty(len(targets))
+    for place in range(len(targets)):
+        found = total.of_target(place).finalize(spec)
+        rounded = (
+            (maps, found.maps),
+            (raw, found.raw),
+            (baseline, found.baseline),
+            (standard_error, found.standard_error),
+            (relative_error, found.relative_error),
+        )
+        for array, of_one in rounded:
+            torch.from_numpy(array[place : place + 1]).copy_(torch.from_numpy(of_one))
     return Explanation(
         maps=maps,
         raw=raw,
@@ -63,9 +75,3 @@ def explanation(
         masks=total.masks,
         spec=spec,
     )
-
-
-def _rounded(maps: Maps) -> tuple[np.ndarray, ...]:
-    """In the order of `Explanation`, whose maps take half the memory."""
-    wide = (maps.maps, maps.raw, maps.baseline, maps.standard_error)
-    return (*(array.astype(np.float32) for array in wide), maps.relative_error)

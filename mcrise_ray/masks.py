@@ -151,6 +151,14 @@ def sampled(
     return up.view(count, rows.shape[1], values.shape[1], columns.shape[1])
 
 
+def stretched(
+    low: Float[Tensor, "L Y M X"], rows: Float[Tensor, "H Y"], columns: Float[Tensor, "W X"]
+) -> Float[Tensor, "L H M W"]:
+    """Images under a linear function of each axis: every row of the result is one of `rows @ low`."""
+    high = torch.matmul(rows, low.flatten(2))
+    return torch.matmul(high.view(len(low), len(rows), *low.shape[2:]), columns.T)
+
+
 def one_per_fill(fills: int) -> Float64[Tensor, "states K"]:
     """The values of cells whose images are the coverages `m_k`."""
     return torch.eye(fills + 1, dtype=torch.float64)[:, 1:].contiguous()

@@ -12,16 +12,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from mcrise_ray.masks import Masks, cell_size, one_per_fill, overlap_kernels, sampled, upsampling_tables
+from mcrise_ray.masks import (
+    Masks,
+    cell_size,
+    one_per_fill,
+    overlap_kernels,
+    sampled,
+    stretched,
+    upsampling_tables,
+)
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import expectation
 
+_STRETCHES = 4, 2  # of rows and columns: half the products, and each of them is large enough to be quick
 _MOST_SQUARES = 4096  # sums of squares per target: with more, they would cost more than the masks
 
 
@@ -38,11 +48,13 @@ class UnitSums:
         self._spec, self._size = spec, size
         self._score_sum = np.zeros(targets)
         (h, w), (span_y, span_x) = spec.grid, cell_size(spec.grid, size)
-        self._buckets = np.zeros((targets, spec.K, span_y, h, span_x, w))
-        self._fill_stride = span_y * h * span_x * w
-        # Bucket of (sy, y, sx, x) without the fill and the shift: the axes lie as they are multiplied.
-        self._cell_offset = (np.arange(h)[:, None] * span_x * w + np.arange(w)).ravel()
-        self._shift_strides = np.array([h * span_x * w, w])
+        # The axes lie as they are multiplied.
+        self._buckets = np.zeros((targets, h, span_y, spec.K, w, span_x))
+        self._fill_stride = w * span_x
+        row = spec.K * self._fill_stride
+        # Bucket of (y, sy, k, x, sx) without the fill and the shift.
+        self._cell_offset = (np.arange(h)[:, None] * span_y * row + np.arange(w) * span_x).ravel()
+        self._shift_strides = np.array([row, 1])
         self._points = rows, columns, values = _weights_at_points(spec, size)
         self._squares = np.zeros((targets, rows.shape[1], values.shape[1], columns.shape[1]))
 
@@ -99,7 +111,7 @@ class Partial:
         squared_weight: sum of the squares of those weights.
         size: (H, W) of the maps.
         scores: `(L,)`, sum of `f_n`, or of what a prediction left of it.
-        buckets: `(L, K, sy, h, sx, w)`, the same sum over the masks of each shift that have the cell masked
+        buckets: `(L, h, sy, K, w, sx)`, the same sum over the masks of each shift that have the cell masked
             with fill k.
         squares: `(L, Y, M, X)`, sum of squares of what each mask adds to a map, at the points of `lattice`.
         means: `(L,)`, sum of the constants of the linear predictions; zero without predictions.
@@ -111,7 +123,7 @@ class Partial:
     squared_weight: float
     size: tuple[int, int]
     scores: Float64[np.ndarray, " L"]
-    buckets: Float64[np.ndarray, "L K sy h sx w"]
+    buckets: Float64[np.ndarray, "L h sy K w sx"]
     squares: Float64[np.ndarray, "L Y M X"]
     means: Float64[np.ndarray, " L"]
     slopes: Float64[np.ndarray, "L PY K PX"]
@@ -160,55 +172,52 @@ class Partial:
 
     def finalize(self, spec: ExplainSpec) -> Maps:
         """Means and standard errors (eq. 2, 5 or 9, by the method)."""
+        # Many targets make this a good part of all time. By torch, because the threads of two libraries would
+        # wait for each other; in place, and with axes that lie as L H K W; errors in float32, as squares are.
         raw, baseline = self._measured(spec)
-        measured = method_maps(spec, raw, baseline)
-        predicted = expectation(spec, self.size, self.slopes) / self.weight
-        kept = self.means[:, None, None] / self.weight - (spec.p_mask / spec.K) * predicted.sum(axis=1)
-        raw, baseline = raw + (predicted + kept[:, None]), baseline + kept
+        square = method_maps(spec, raw, baseline).float().square_()
+        predicted = expectation(spec, self.size, self.slopes / self.weight)
+        kept = predicted.sum(dim=1).mul_(-spec.p_mask / spec.K)
+        kept += torch.tensor(self.means)[:, None, None] / self.weight
+        raw.add_(predicted).add_(kept[:, None])
+        baseline += kept
         maps = method_maps(spec, raw, baseline)
-        standard_error = np.full_like(maps, np.nan)
         if self.masks > 1:
+            mean = square.mul_(self.squared_weight / self.weight)
             # Rounding may leave -1e-20.
-            mean = measured**2 * (self.squared_weight / self.weight)
-            variance = np.maximum(self._second_moments(spec) - mean, 0) / self.weight
-            standard_error = np.sqrt(variance * (self.masks / (self.masks - 1)))
-        return Maps(maps, raw, baseline, standard_error, _relative_error(maps, standard_error))
+            variance = self._second_moments(spec).sub_(mean).clamp_(min=0)
+            variance *= self.masks / (self.masks - 1) / self.weight
+        else:
+            variance = torch.full_like(square, torch.nan)
+        relative_error = _relative_error(maps, variance)
+        found = (maps, raw, baseline, variance.sqrt_(), relative_error)
+        return Maps(*(tensor.numpy() for tensor in found))
 
-    def _measured(
-        self, spec: ExplainSpec
-    ) -> tuple[Float64[np.ndarray, "L K H W"], Float64[np.ndarray, "L H W"]]:
-        """Mean raw and baseline sums: two matrix products for all shifts, fills and targets at once."""
-        (height, width), K = self.size, spec.K
-        rows, columns = (_all_shifts(*axis) for axis in zip(spec.grid, self.size, strict=True))
-        wide = torch.tensor(self.buckets).view(-1, len(columns)) @ columns  # Ray hands out read-only arrays
-        masked = (rows.T @ wide.view(-1, len(rows), width)).view(-1, K, height, width).numpy()
-        kept = self.scores[:, None, None] - masked.sum(axis=1)
-        return masked * (K / spec.p_mask) / self.weight, kept / (1 - spec.p_mask) / self.weight
+    def _measured(self, spec: ExplainSpec) -> tuple[Float64[Tensor, "L K H W"], Float64[Tensor, "L H W"]]:
+        """Mean raw and baseline sums."""
+        raw = _upsampled(_as_tensor(self.buckets), self.size)
+        kept = torch.tensor(self.scores)[:, None, None] - raw.sum(dim=1)
+        return raw.mul_(spec.K / spec.p_mask / self.weight), kept.div_((1 - spec.p_mask) * self.weight)
 
-    def _second_moments(self, spec: ExplainSpec) -> Float64[np.ndarray, "L M H W"]:
+    def _second_moments(self, spec: ExplainSpec) -> Float32[Tensor, "L M H W"]:
         """Mean square of what a mask adds to a map, at every pixel.
 
         Over the mean square of the weight, which is known exactly, it is an average of squared scores that
         changes slowly from pixel to pixel, so it is interpolated between the points of the lattice.
         """
-        points = lattice(spec, self.size)
-        weight = weight_moments(spec, self.size)
-        at_points = self.squares.transpose(0, 2, 1, 3) / self.weight / weight[np.ix_(*points)]
-        rows, columns = _between_points(spec, self.size)
-        # By torch, like all of this: the threads of two libraries would wait for each other.
-        between = torch.matmul(rows, torch.from_numpy(at_points)).matmul(columns.T)
-        moments: np.ndarray = weight * between.numpy()
-        return moments
+        points, weight, rows, columns = _lattice_to_pixels(spec, self.size)
+        at_points = torch.tensor(self.squares).div_(self.weight * points).float()
+        return stretched(at_points, rows, columns).mul_(weight).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Maps:
-    """Finished maps in float64; see `Explanation` for the meaning of each."""
+    """Finished maps; see `Explanation` for the meaning of each."""
 
     maps: Float64[np.ndarray, "L M H W"]
     raw: Float64[np.ndarray, "L K H W"]
     baseline: Float64[np.ndarray, "L H W"]
-    standard_error: Float64[np.ndarray, "L M H W"]
+    standard_error: Float32[np.ndarray, "L M H W"]
     relative_error: Float64[np.ndarray, " L"]
 
 
@@ -237,24 +246,70 @@ def _weights_at_points(
     return rows, columns, method_weights(spec).float()
 
 
+def _as_tensor(array: np.ndarray) -> Tensor:
+    """The same memory where that may be written to, which Ray's may not: torch warns of it."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _upsampled(
+    buckets: Float64[Tensor, "L h sy K w sx"], size: tuple[int, int]
+) -> Float64[Tensor, "L K H W"]:
+    """Each bucket upsampled at its shift, and all of them added: a few matrix products per target."""
+    targets, h, span_y, fills, w, span_x = buckets.shape
+    height, width = size
+    found = torch.empty(targets, height, fills, width, dtype=buckets.dtype)
+    high = torch.empty(height, fills * w * span_x, dtype=buckets.dtype)
+    for low, out in zip(buckets, found, strict=True):
+        for pixels, seen, table in _stretches(h, height, _STRETCHES[0]):
+            torch.mm(table.T, low.view(h * span_y, -1)[seen], out=high[pixels])
+        for pixels, seen, table in _stretches(w, width, _STRETCHES[1]):
+            torch.mm(high.view(-1, w * span_x)[:, seen], table, out=out.view(-1, width)[:, pixels])
+    return found.transpose(1, 2)
+
+
 @lru_cache(maxsize=16)
-def _all_shifts(cells: int, pixels: int) -> Float64[Tensor, "shifted pixels"]:
-    """The transposed upsampling tables of one axis, one below the other."""
-    return torch.tensor(upsampling_tables(cells, pixels)).transpose(1, 2).reshape(-1, pixels)
+def _stretches(
+    cells: int, pixels: int, count: int
+) -> list[tuple[slice, slice, Float64[Tensor, "seen pixels"]]]:
+    """The upsampling of one axis in so many stretches of pixels, each of which sees some of the cells.
+
+    Returns:
+        The pixels of each stretch, the (cell, shift) pairs that they see, and what each pixel takes of them.
+    """
+    tables = torch.tensor(upsampling_tables(cells, pixels)).permute(2, 0, 1)
+    span, found = tables.shape[1], []
+    for start, stop in pairwise(np.linspace(0, pixels, min(count, pixels) + 1).round().astype(int)):
+        table = tables[:, :, start:stop]
+        seen = table.flatten(1).any(dim=1).nonzero().flatten().tolist()
+        first, last = seen[0], seen[-1] + 1
+        found.append(
+            (
+                slice(start, stop),
+                slice(first * span, last * span),
+                table[first:last].reshape(-1, stop - start),
+            )
+        )
+    return found
 
 
 @lru_cache(maxsize=8)
-def _between_points(
+def _lattice_to_pixels(
     spec: ExplainSpec, size: tuple[int, int]
-) -> tuple[Float64[Tensor, "H Y"], Float64[Tensor, "W X"]]:
-    """Linear interpolation along each axis from the points of `lattice` to all pixels."""
+) -> tuple[
+    Float64[Tensor, "Y 1 X"], Float32[Tensor, "H 1 W"], Float32[Tensor, "H Y"], Float32[Tensor, "W X"]
+]:
+    """`weight_moments` at the points of `lattice` and at all pixels, and linear interpolation along each axis
+    from the points to the pixels.
+    """
+    points, weight = lattice(spec, size), weight_moments(spec, size)
     rows, columns = (
         torch.from_numpy(
             np.stack([np.interp(np.arange(pixels), chosen, one) for one in np.eye(len(chosen))], axis=1)
-        )
-        for chosen, pixels in zip(lattice(spec, size), size, strict=True)
+        ).float()
+        for chosen, pixels in zip(points, size, strict=True)
     )
-    return rows, columns
+    at_points = torch.from_numpy(weight[np.ix_(*points)])
+    return at_points[:, None], torch.from_numpy(weight).float()[:, None], rows, columns
 
 
 def method_weights(spec: ExplainSpec) -> Float64[Tensor, "states M"]:
@@ -266,9 +321,8 @@ def method_weights(spec: ExplainSpec) -> Float64[Tensor, "states M"]:
     return kept if spec.method == "rise" else one_per_fill(spec.K) * (spec.K / spec.p_mask) - kept
 
 
-@lru_cache(maxsize=8)
 def weight_moments(spec: ExplainSpec, size: tuple[int, int]) -> Float64[np.ndarray, "H W"]:
-    """Mean square of `method_weights` at every pixel, over all masks, in an array that is shared.
+    """Mean square of `method_weights` at every pixel, over all masks.
 
     The weights are linear in the cells, which are independent: it is that of a pixel inside one cell, times
     the share `Ky(y, y) Kx(x, x)` of its variance that interpolation leaves.
@@ -282,25 +336,21 @@ def weight_moments(spec: ExplainSpec, size: tuple[int, int]) -> Float64[np.ndarr
 
 
 def method_maps(
-    spec: ExplainSpec, raw: Float64[np.ndarray, "L K H W"], baseline: Float64[np.ndarray, "L H W"]
-) -> Float64[np.ndarray, "L M H W"]:
+    spec: ExplainSpec, raw: Float64[Tensor, "L K H W"], baseline: Float64[Tensor, "L H W"]
+) -> Float64[Tensor, "L M H W"]:
     """The method's maps out of the two sums (or means) that all three methods share.
 
     MC-RISE is `raw_k - baseline` (eq. 9). With one black fill, RISE is `baseline` (eq. 2, where the paper's
     p is `1 - p_mask`), and debiased RISE is `-(raw_0 - baseline)` (eq. 5: it measures the effect of
-    retaining a pixel, MC-RISE that of masking it).
+    retaining a pixel, MC-RISE that of masking it). That of RISE shares the memory of `baseline`.
     """
     if spec.method == "rise":
-        return baseline[:, None].copy()
-    difference: np.ndarray = raw - baseline[:, None]
-    return difference if spec.method == "mc-rise" else -difference
+        return baseline[:, None]
+    return raw - baseline[:, None] if spec.method == "mc-rise" else baseline[:, None] - raw
 
 
 def _relative_error(
-    maps: Float64[np.ndarray, "L M H W"], standard_error: Float64[np.ndarray, "L M H W"]
-) -> Float64[np.ndarray, " L"]:
+    maps: Float64[Tensor, "L M H W"], variance: Float32[Tensor, "L M H W"]
+) -> Float64[Tensor, " L"]:
     """`rms(standard error) / rms(map)` of each target; NaN for a map that is zero without error."""
-    axes = (1, 2, 3)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio: np.ndarray = np.sqrt((standard_error**2).mean(axis=axes) / (maps**2).mean(axis=axes))
-    return ratio
+    return (variance.mean(dim=(1, 2, 3), dtype=torch.float64) / maps.square().mean(dim=(1, 2, 3))).sqrt_()

@@ -53,7 +53,7 @@ def linear_maps(spec: ExplainSpec, slopes: np.ndarray, constant: float) -> np.nd
     ky, kx = overlap_kernels(spec.grid, slopes.shape[1:])
     filled = ky @ slopes @ kx
     kept = constant - spec.p_mask / spec.K * filled.sum(axis=0)
-    return method_maps(spec, (filled + kept)[None], kept[None])[0]
+    return method_maps(spec, torch.from_numpy(filled + kept)[None], torch.from_numpy(kept)[None])[0].numpy()
 
 
 def explained(

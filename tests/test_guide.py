@@ -174,7 +174,7 @@ def test_sums_of_a_unit_are_those_of_its_masks_one_by_one(method: str, colors: s
     coverages = pixels(spec, SMALL, everyone)
     raw = np.einsum("n,nkyx->kyx", added, coverages) * spec.K / spec.p_mask / len(everyone)
     kept = np.einsum("n,nyx->yx", added, 1 - coverages.sum(axis=1)) / (1 - spec.p_mask) / len(everyone)
-    measured = method_maps(spec, raw[None], kept[None])[0]
+    measured = method_maps(spec, torch.from_numpy(raw)[None], torch.from_numpy(kept)[None])[0].numpy()
     linear = enumerated(spec, SMALL, lambda all_masks: predict(spec, SMALL, guide, all_masks)[2][:, 0])
     np.testing.assert_allclose(found.maps[0], measured + linear.maps[0], atol=1e-9)
 
