@@ -5,16 +5,19 @@ Axes: N masks; L targets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from jaxtyping import Float64
 
 from mcrise_ray import masks as mask_source
-from mcrise_ray.guide import CANDIDATES, Guide, Picked, candidates
+from mcrise_ray.guide import CANDIDATES, Guide, Picked, candidates, predict
 from mcrise_ray.masks import Masks
 from mcrise_ray.plan import Unit
 from mcrise_ray.saliency import Partial, UnitSums
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.variates import CHUNK, FRESH_PER_MASK, Features, Fit, fresh
+from mcrise_ray.variates import CHUNK, FIRST_FRESH, FOLDS, FRESH_PER_MASK, Features, Fit, fresh
 
 Scored = Float64[np.ndarray, "N L"] | Picked  # what came of asking the model about one unit
 
@@ -71,6 +74,43 @@ def residual_unit(
     return sums.partial(len(unit), *fit.expected(fit.rows(unit.start, unit.stop), spec.K))
 
 
+def opening_unit(
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    scores: Float64[np.ndarray, "N L"],
+    guides: Sequence[Guide],
+    device: torch.device | str = "cpu",
+) -> Partial:
+    """The sums of masks 0 to N - 1, which nobody picked, by one guide for each fold, learnt without it.
+
+    As for `residual_unit`: what a guide leaves of the scores, and `g - l` on fresh masks, `CANDIDATES` for
+    each of these, as for those that are picked.
+    """
+    count, targets = scores.shape
+    sums, masks = UnitSums(spec, targets, size), mask_source.draw(spec, 0, count)
+    fresh_masks = mask_source.draw(spec, FIRST_FRESH, FIRST_FRESH + CANDIDATES * count)
+    means = slopes = np.zeros(())
+    for fold, guide in enumerate(guides):
+        mine = np.arange(fold, count, FOLDS)
+        extra = fresh_masks[(CANDIDATES * mine[:, None] + np.arange(CANDIDATES)).ravel()]
+        both = Masks.concatenate([masks[mine], extra])
+        best, _, line = predict(spec, size, guide, both, device)
+        left, bend = scores[mine] - best[: len(mine)], (best - line)[len(mine) :]
+        sums.accumulate(masks[mine], left)
+        sums.square(masks[mine], left)
+        sums.accumulate(extra, bend / CANDIDATES)
+        sums.square(extra[::CANDIDATES], bend[::CANDIDATES] / CANDIDATES**0.5)
+        means, slopes = means + len(mine) * guide.means, slopes + len(mine) * guide.slopes
+    return sums.partial(count, means, _by_patch(spec, guides[0], slopes))
+
+
+def _by_patch(
+    spec: ExplainSpec, guide: Guide, slopes: Float64[np.ndarray, "L D"]
+) -> Float64[np.ndarray, "L Y K X"]:
+    by_patch: np.ndarray = slopes.reshape(-1, guide.patches[0], spec.K, guide.patches[1])
+    return by_patch
+
+
 def picked_unit(
     spec: ExplainSpec, size: tuple[int, int], unit: Unit, picked: Picked, guide: Guide
 ) -> Partial:
@@ -96,7 +136,7 @@ def picked_unit(
     return sums.partial(
         len(unit),
         weight * len(masks) * guide.means,
-        weight * len(masks) * guide.slopes.reshape(-1, guide.patches[0], spec.K, guide.patches[1]),
+        _by_patch(spec, guide, weight * len(masks) * guide.slopes),
         weight=weight * len(masks),
         squared_weight=weight**2 * len(masks),
     )

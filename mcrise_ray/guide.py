@@ -9,7 +9,7 @@ With `g` the predicted score and `l` linear in the coverages,
 
 with means over candidates, which is unbiased whatever was predicted: the first term has a closed form, the
 second needs no model, and the third is a Horvitz-Thompson sum. Masks that a guide has learnt from are never
-candidates of it.
+candidates of it; the first masks, which nobody picked, are predicted by guides that learnt from other folds.
 
 Where classes exclude each other, a target's logit is also predicted from the logarithms of its own
 probability and of its rivals': these follow from the masks more simply than their difference does.
@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from mcrise_ray.kernels import Windows, kernel_ridge
+from mcrise_ray.kernels import TESTED, Windows, kernel_ridge
 from mcrise_ray.masks import Masks, draw, uniform
 from mcrise_ray.plan import MOST_LEARNT, Unit
 from mcrise_ray.regression import Basis, logistic, ridge
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.variates import Features, patches
+from mcrise_ray.variates import FOLDS, Features, patches
 
 CANDIDATES = 8  # for each mask that is picked
 
@@ -47,6 +47,7 @@ _WORTH = 0.7
 _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _NOT_ONE = 1e-2  # how far the sum of probabilities may lie from 1: bfloat16 rounds them
 _RIVALS = 7
+_TESTED_BY_FOLD = 128  # guides that pick nothing need not know how far they are to be believed
 _CHUNK = 1024  # masks predicted at a time
 _KEPT = 4  # guides whose windows a worker keeps: they take 6 MiB each
 _SMALLEST = 1e-6  # of the way between the bounds; a score nearer than this to one of them has no finite logit
@@ -175,6 +176,7 @@ def learn(
     rivals: tuple[int, ...] = (),
     left: Float64[np.ndarray, "N L"] | None = None,
     device: torch.device | str = "cpu",
+    tested: int = TESTED,
 ) -> Guide | None:
     """A guide from all scores that are known, or the newest where they are too many.
 
@@ -186,6 +188,7 @@ def learn(
         rivals: R other classes, which must exclude each other and the targets.
         left: what predictions of another kind, made without seeing it, leave of each score.
         device: where masks are compared: where the model is.
+        tested: about how many masks it is judged by.
 
     Returns:
         None where scores are not probabilities, or all the same, as masks of a tiny `p_mask` are, or where
@@ -204,11 +207,10 @@ def learn(
     windows = Windows.of(known, (grid[0], spec.K, grid[1]), scale, device)
     share = np.clip(scores[:, :targets], _SMALLEST, 1 - _SMALLEST)
     truth = np.log(share / (1 - share))
-    constants, weights, tested, unseen = kernel_ridge(
-        windows.alike(known), np.concatenate([truth, _logarithms(scores)], axis=1) if rivals else truth
-    )
+    everything = np.concatenate([truth, _logarithms(scores)], axis=1) if rivals else truth
+    constants, weights, judges, unseen = kernel_ridge(windows.alike(known), everything, tested)
     # How far predictions are to be believed is judged by masks that are predicted without their own scores.
-    inputs, seen = _inputs(unseen, targets), truth[tested]
+    inputs, seen = _inputs(unseen, targets), truth[judges]
     mix = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(inputs, seen.T, strict=True)])
     spread = (seen - _mixed(mix, unseen)).std(axis=0)
 
@@ -217,15 +219,47 @@ def learn(
     variance = doubt.mean(axis=0)
     if left is not None:
         gain = (doubt**0.5).mean(axis=0) ** 2 / np.maximum(variance, 1e-300)
-        known_scores = scores[tested, :targets]
+        known_scores = scores[judges, :targets]
         mine = ((known_scores - _moments(_mixed(mix, unseen), spread)[0]) ** 2).mean(axis=0) * gain
-        theirs = (left[-MOST_LEARNT:][tested] ** 2).mean(axis=0)
+        theirs = (left[-MOST_LEARNT:][judges] ** 2).mean(axis=0)
         if not (mine / np.maximum(theirs, 1e-300)).mean() < _WORTH:
             return None
     line = ridge(basis, fresh, best, np.ones(len(fresh), dtype=bool))
     return Guide(
         masks, grid, scale, weights, constants, mix, rivals, spread, line.means, line.slopes, variance
     )
+
+
+def learn_by_fold(
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    scores: Float64[np.ndarray, "N classes"],
+    targets: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> list[Guide] | None:
+    """A guide for each fold of masks 0 to N - 1, all of whose choices are made from the other folds alone.
+
+    Args:
+        spec: decides the masks and the features.
+        size: (H, W).
+        scores: of theirs, for the L targets, then for all classes.
+        targets: class indices.
+        device: where masks are compared: where the model is.
+
+    Returns:
+        None where the scores of some fold's others are all the same.
+    """
+    masks, guides, own = draw(spec, 0, len(scores)), [], len(targets)
+    for fold in range(FOLDS):
+        others = np.arange(len(scores)) % FOLDS != fold
+        rivals = find_rivals(scores[others, own:], targets)
+        wanted = [*range(own), *(own + rival for rival in rivals)]
+        known = scores[others][:, wanted]
+        guide = learn(spec, size, masks[others], known, rivals, device=device, tested=_TESTED_BY_FOLD)
+        if guide is None:
+            return None
+        guides.append(guide)
+    return guides
 
 
 def find_rivals(everything: Float64[np.ndarray, "N classes"], targets: Sequence[int]) -> tuple[int, ...]:

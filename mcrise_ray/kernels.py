@@ -19,10 +19,8 @@ from torch import Tensor
 _WIDTH = 0.85  # of the kernel, in mean squared differences of features of a window
 _WINDOWS = 3  # along each axis; each spans half of it
 _STRENGTHS = 10.0 ** np.arange(-3, 2.1, 0.5)  # of the ridge; a mask is alike to itself by 1
-_TESTED = 512  # masks by which the ridge is chosen and judged: eigenvectors of more take seconds
-_AT_ONCE = (
-    1024  # masks compared with those learnt from at a time: of fewer, two threads have too little to do
-)
+TESTED = 512  # masks by which the ridge is chosen and judged: eigenvectors of more take seconds
+_AT_ONCE = 1024  # masks compared with those learnt from: with fewer, two threads have too little to do
 
 
 @dataclass(frozen=True)
@@ -121,21 +119,21 @@ def _half(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N 1"]:
 
 
 def kernel_ridge(
-    alike: Float64[Tensor, "S S"], truth: Float64[np.ndarray, "S Q"]
+    alike: Float64[Tensor, "S S"], truth: Float64[np.ndarray, "S Q"], most: int = TESTED
 ) -> tuple[
     Float64[np.ndarray, " Q"],
     Float64[np.ndarray, "S Q"],
     Int64[np.ndarray, " T"],
     Float64[np.ndarray, "T Q"],
 ]:
-    """Constants and weights; and of T of the masks, which ones, and what they are predicted to have by a fit
-    to all masks but themselves.
+    """Constants and weights; and of T of the masks, fewer than twice `most`, which ones, and what they are
+    predicted to have by a fit to all masks but themselves.
 
     The ridge is the one with the least error of such predictions among the T alone. It does not depend on
     their number: it is the noise of a score in units of the kernel.
     """
     constants = truth.mean(axis=0)
-    tested = np.arange(0, len(alike), max(1, len(alike) // _TESTED))
+    tested = np.arange(0, len(alike), max(1, len(alike) // most))
     # The tested ones come last: of the inverse, what concerns them is the inverse of the last block alone.
     order = np.concatenate([np.delete(np.arange(len(alike)), tested), tested])
     along = torch.from_numpy(order).to(alike.device)

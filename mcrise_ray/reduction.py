@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from mcrise_ray.estimators import Scored, masks_of, picked_unit, residual_unit, scores_of
+from mcrise_ray.estimators import Scored, masks_of, opening_unit, picked_unit, residual_unit, scores_of
 from mcrise_ray.explanations import Explanation, explanation
-from mcrise_ray.guide import Guide, Picked, find_rivals, learn
+from mcrise_ray.guide import Guide, Picked, find_rivals, learn, learn_by_fold
 from mcrise_ray.masks import Masks
 from mcrise_ray.plan import MOST_LEARNT, Unit, enough, looks, pilot_count, stages, unit
 from mcrise_ray.saliency import Partial
@@ -346,14 +346,19 @@ def conclude(spec: ExplainSpec, work: Conclude, device: torch.device | str = "cp
             assert isinstance(picked, Picked)
             total = total.combine(picked_unit(spec, work.size, unit(spec, index), picked, work.guide))
     elif work.scores is not None:
-        scores = np.concatenate([scores_of(scored)[:, : len(work.targets)] for scored in work.scores])
+        everything = np.concatenate([scores_of(scored) for scored in work.scores])
+        scores, guides = everything[:, : len(work.targets)], None
         fit = None if spec.estimator == "paper" else fit_scores(spec, work.size, scores)
         if work.learn:
             guide = _learn(spec, work, fit, device)
             if guide is None:
                 return Conclusion(None, None, None)
+            guides = learn_by_fold(spec, work.size, everything, work.targets, device)
         # In one go: the sums of many targets take more time to add, unit by unit, than the masks do.
-        total = residual_unit(spec, work.size, Unit(0, 0, len(scores)), scores, fit)
+        if guides is not None:
+            total = opening_unit(spec, work.size, scores, guides, device)
+        else:
+            total = residual_unit(spec, work.size, Unit(0, 0, len(scores)), scores, fit)
     assert total is not None
     if work.look:
         found = explanation(spec, work.targets, work.score, total)

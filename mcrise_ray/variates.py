@@ -27,9 +27,9 @@ from mcrise_ray.spec import ExplainSpec
 
 FOLDS = 5  # mask n belongs to fold n % FOLDS
 FRESH_PER_MASK = 4  # fresh masks for each scored one: what is left of their noise is small beside the rest
+FIRST_FRESH = 1 << 60  # the index of the first fresh mask, beyond every mask that can be asked for
 CHUNK = 256  # masks whose features are held at a time
 
-_FIRST_FRESH = 1 << 60  # the index of the first fresh mask, beyond every mask that can be asked for
 _MOST_FEATURES = 400  # a factorisation takes 0.05 s; patches smaller than a cell explain nothing more
 _MOST_CURVES = 8  # targets that logistic curves are tried for; with more, they would cost more than they gain
 
@@ -126,7 +126,7 @@ def fresh(
     bent = rows >= 0
     if not bent.any():
         return None
-    masks = draw(spec, _FIRST_FRESH + FRESH_PER_MASK * start, _FIRST_FRESH + FRESH_PER_MASK * stop)[bent]
+    masks = draw(spec, FIRST_FRESH + FRESH_PER_MASK * start, FIRST_FRESH + FRESH_PER_MASK * stop)[bent]
     best, line = fit.predict(features(masks), rows[bent])
     return masks, best - line
 

@@ -22,9 +22,19 @@ from mcrise_ray import guide as guides
 from mcrise_ray import masks as mask_source
 from mcrise_ray import plan, reduction
 from mcrise_ray.checkpoints import Checkpoints
-from mcrise_ray.estimators import picked_unit
+from mcrise_ray.estimators import opening_unit, picked_unit, residual_unit
 from mcrise_ray.explainer import Subject, perform, run_unit
-from mcrise_ray.guide import CANDIDATES, Guide, Picked, candidates, choose, find_rivals, learn, predict
+from mcrise_ray.guide import (
+    CANDIDATES,
+    Guide,
+    Picked,
+    candidates,
+    choose,
+    find_rivals,
+    learn,
+    learn_by_fold,
+    predict,
+)
 from mcrise_ray.kernels import Windows, kernel_ridge
 from mcrise_ray.masks import Masks, draw
 from mcrise_ray.plan import Unit, looks, stages, unit, unit_count
@@ -33,6 +43,7 @@ from mcrise_ray.saliency import UnitSums, method_maps
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
 from mcrise_ray.tasks import Inspection, Saved, Target
+from mcrise_ray.variates import FIRST_FRESH, FOLDS, fit_scores
 
 GOLDEN_TICKS = [0.38900457066483796, 0.9339474069420248]  # of masks 0 and 1 of the default spec
 SMALL = (4, 5)
@@ -177,6 +188,67 @@ def test_sums_of_a_unit_are_those_of_its_masks_one_by_one(method: str, colors: s
     measured = method_maps(spec, torch.from_numpy(raw)[None], torch.from_numpy(kept)[None])[0].numpy()
     linear = enumerated(spec, SMALL, lambda all_masks: predict(spec, SMALL, guide, all_masks)[2][:, 0])
     np.testing.assert_allclose(found.maps[0], measured + linear.maps[0], atol=1e-9)
+
+
+def fold_guides(spec: ExplainSpec, scores: np.ndarray) -> list[Guide]:
+    """By the scores of all three classes."""
+    found = learn_by_fold(spec, SMALL, np.concatenate([scores[:, :1], scores], axis=1), [0])
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("method", "colors"), METHODS)
+def test_sums_of_the_opening_are_those_of_its_masks_one_by_one(method: str, colors: str) -> None:
+    """`E[eq9[l]] + mean eq9[g - l] + mean eq9[f - g]`, slowly, with the guide of each mask's own fold."""
+    spec = spec_of(method, colors, p_mask=0.3)
+    masks = draw(spec, 0, 128)
+    scores = rare(spec, SMALL)(masks)
+    by_fold = fold_guides(spec, scores)
+    found = opening_unit(spec, SMALL, scores[:, :1], by_fold).finalize(spec)
+
+    raw, kept, expected = np.zeros((spec.K, *SMALL)), np.zeros(SMALL), np.zeros((spec.K, *SMALL))
+    fresh = draw(spec, FIRST_FRESH, FIRST_FRESH + CANDIDATES * 128)
+    for fold, guide in enumerate(by_fold):
+        mine = list(range(fold, 128, FOLDS))
+        places = [CANDIDATES * n + one for n in mine for one in range(CANDIDATES)]
+        # All in one call, as there: likeness is computed in float32, whose roundings depend on the shape.
+        both = Masks.concatenate([masks[np.array(mine)], fresh[np.array(places)]])
+        best, _, line = predict(spec, SMALL, guide, both)
+        added = (best - line)[:, 0] / CANDIDATES
+        added[: len(mine)] = scores[mine, 0] - best[: len(mine), 0]
+        coverages = pixels(spec, SMALL, both)
+        raw += np.einsum("n,nkyx->kyx", added, coverages) * spec.K / spec.p_mask / 128
+        kept += np.einsum("n,nyx->yx", added, 1 - coverages.sum(axis=1)) / (1 - spec.p_mask) / 128
+        linear = enumerated(spec, SMALL, lambda every, g=guide: predict(spec, SMALL, g, every)[2][:, 0])
+        expected += len(mine) / 128 * linear.maps[0]
+    measured = method_maps(spec, torch.from_numpy(raw)[None], torch.from_numpy(kept)[None])[0].numpy()
+    np.testing.assert_allclose(found.maps[0], measured + expected, atol=1e-9)
+
+
+def test_masks_of_the_opening_are_predicted_by_guides_that_know_nothing_of_their_fold() -> None:
+    spec = spec_of("mc-rise", "red,blue")
+    masks = draw(spec, 0, 128)
+    scores = rare(spec, SMALL)(masks)
+    known = fold_guides(spec, scores)
+    for fold in range(FOLDS):
+        changed = scores.copy()
+        changed[fold::FOLDS] = changed[fold::FOLDS][:, ::-1]
+        for other, (before, after) in enumerate(zip(known, fold_guides(spec, changed), strict=True)):
+            same = np.array_equal(
+                predict(spec, SMALL, before, masks)[0], predict(spec, SMALL, after, masks)[0]
+            )
+            assert same == (other == fold)
+
+
+def test_predicting_the_opening_by_its_guides_halves_its_noise_where_scores_are_rare_events() -> None:
+    spec = ExplainSpec(masks=512, grid=(4, 4), colors="red,blue", p_mask=0.1)
+    score = rare(spec, (12, 12))(draw(spec, 0, 512))
+    own, whole = score[:, :1], Unit(0, 0, 512)
+    by_fold = learn_by_fold(spec, (12, 12), np.concatenate([own, score], axis=1), [0])
+    assert by_fold is not None
+    by_guides = opening_unit(spec, (12, 12), own, by_fold).finalize(spec)
+    by_fit = residual_unit(spec, (12, 12), whole, own, fit_scores(spec, (12, 12), own)).finalize(spec)
+    assert (by_fit.standard_error**2).mean() / (by_guides.standard_error**2).mean() > 2
 
 
 @pytest.mark.parametrize("tick", [0.01, 0.5])
