@@ -151,14 +151,13 @@ def kernel_ridge(
 def _strengths(alike: Float64[Tensor, "T T"], around: Float64[Tensor, "T Q"]) -> list[float]:
     """Of the ridge: the one with the least error of predictions of each by all the others, and all above."""
     values, vectors = torch.linalg.eigh(alike)
-    along = vectors.T @ around
+    strengths = torch.from_numpy(_STRENGTHS).to(alike.device)
+    shrunk = (1 / (values.clamp_min(0)[:, None] + strengths))[..., None]
+    along = shrunk * (vectors.T @ around)[:, None]
+    left = (vectors @ along.flatten(1)).view_as(along) / (vectors.square() @ shrunk[..., 0])[..., None]
     scale = around.square().sum(dim=0).clamp_min(1e-300)
-    errors = []
-    for strength in _STRENGTHS:
-        shrunk = 1 / (values.clamp_min(0) + strength)
-        left = vectors @ (shrunk[:, None] * along) / (vectors.square() @ shrunk)[:, None]
-        errors.append(float((left.square().sum(dim=0) / scale).sum()))
-    return [float(strength) for strength in _STRENGTHS[int(np.argmin(errors)) :]]
+    errors = (left.square().sum(dim=0) / scale).sum(dim=1)
+    return [float(strength) for strength in _STRENGTHS[int(errors.argmin()) :]]
 
 
 def _factor(alike: Float64[Tensor, "S S"], strengths: list[float]) -> Float64[Tensor, "S S"]:
