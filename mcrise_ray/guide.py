@@ -60,7 +60,8 @@ class Guide:
     """Predictions of scores by their likeness to scores that are known: kernel ridge regression of logits.
 
     The kernel is a sum, over overlapping windows of the image, of Gaussians of the features in each: what
-    neighbouring cells do together is learnt, and what cells far apart do is added up.
+    neighbouring cells do together is learnt, and what cells far apart do is added up. Lines in the features
+    join it where they predict well.
 
     Attributes:
         learnt: the S masks.
@@ -69,6 +70,7 @@ class Guide:
         weights: `(S, Q)`, of the kernels in the logits of the targets and, where there are rivals, in the
             logarithms of all probabilities.
         constants: `(Q,)`, of the same.
+        lines: `(D, Q)`, of the features in the same.
         mix: `(L, 2)` or `(L, 3)`, how a logit comes of them (see `_inputs`).
         rivals: classes whose scores are wanted too.
         spread: `(L,)`, standard deviation of what is left of the logits.
@@ -82,6 +84,7 @@ class Guide:
     scale: float
     weights: Float64[np.ndarray, "S Q"]
     constants: Float64[np.ndarray, " Q"]
+    lines: Float64[np.ndarray, "D Q"]
     mix: Float64[np.ndarray, "L inputs"]
     rivals: tuple[int, ...]
     spread: Float64[np.ndarray, " L"]
@@ -163,7 +166,7 @@ def predict(
         part = slice(start, start + _CHUNK)
         found = features(masks[part])
         line[part] = guide.means + found @ guide.slopes.T
-        known = guide.constants + windows.similar(found, guide.weights)
+        known = guide.constants + windows.similar(found, guide.weights) + found @ guide.lines
         best[part], doubt[part] = _moments(_mixed(guide.mix, known), guide.spread)
     return best, doubt, line
 
@@ -208,14 +211,15 @@ def learn(
     share = np.clip(scores[:, :targets], _SMALLEST, 1 - _SMALLEST)
     truth = np.log(share / (1 - share))
     everything = np.concatenate([truth, _logarithms(scores)], axis=1) if rivals else truth
-    constants, weights, judges, unseen = kernel_ridge(windows.alike(known), everything, tested)
+    constants, weights, lines, judges, unseen = kernel_ridge(windows.alike(known), known, everything, tested)
     # How far predictions are to be believed is judged by masks that are predicted without their own scores.
     inputs, seen = _inputs(unseen, targets), truth[judges]
     mix = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(inputs, seen.T, strict=True)])
     spread = (seen - _mixed(mix, unseen)).std(axis=0)
 
     basis, fresh = _fresh_features(spec, size, grid)
-    best, doubt = _moments(_mixed(mix, constants + windows.similar(fresh, weights)), spread)
+    unknown = constants + windows.similar(fresh, weights) + fresh @ lines
+    best, doubt = _moments(_mixed(mix, unknown), spread)
     variance = doubt.mean(axis=0)
     if left is not None:
         gain = (doubt**0.5).mean(axis=0) ** 2 / np.maximum(variance, 1e-300)
@@ -226,7 +230,7 @@ def learn(
             return None
     line = ridge(basis, fresh, best, np.ones(len(fresh), dtype=bool))
     return Guide(
-        masks, grid, scale, weights, constants, mix, rivals, spread, line.means, line.slopes, variance
+        masks, grid, scale, weights, constants, lines, mix, rivals, spread, line.means, line.slopes, variance
     )
 
 

@@ -1,6 +1,7 @@
 """How alike masks are, and kernel ridge regression on that: what neighbouring cells do together is learnt.
 
-The kernel is a mean, over overlapping windows of the image, of Gaussians of the features in each window.
+The kernel is a mean, over overlapping windows of the image, of Gaussians of the features in each window, and
+products of all features where lines predict well.
 
 Axes: N masks; S masks learnt from, of which T are tested; Q quantities that are predicted; D features, which
 are Y patch rows, K fills and X patch columns, and of which a window has V.
@@ -19,6 +20,11 @@ from torch import Tensor
 _WIDTH = 0.85  # of the kernel, in mean squared differences of features of a window
 _WINDOWS = 3  # along each axis; each spans half of it
 _STRENGTHS = 10.0 ** np.arange(-3, 2.1, 0.5)  # of the ridge; a mask is alike to itself by 1
+_SHARES = 0.0, 0.3, 1.0, 3.0  # of the features' products, which are alike to themselves by 1 too
+# Of the error without products, at most, or there are none: lines are sure of masks that are like no other.
+# Where they gain less than this, some explanations of rare classes had half as much variance again.
+_WORTH = 0.9
+_JUDGES = 256  # masks by which the share is chosen: each takes an eigendecomposition
 TESTED = 512  # masks by which the ridge is chosen and judged: eigenvectors of more take seconds
 _AT_ONCE = 1024  # masks compared with those learnt from: with fewer, two threads have too little to do
 
@@ -119,18 +125,24 @@ def _half(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N 1"]:
 
 
 def kernel_ridge(
-    alike: Float64[Tensor, "S S"], truth: Float64[np.ndarray, "S Q"], most: int = TESTED
+    alike: Float64[Tensor, "S S"],
+    features: Float64[np.ndarray, "S D"],
+    truth: Float64[np.ndarray, "S Q"],
+    most: int = TESTED,
 ) -> tuple[
     Float64[np.ndarray, " Q"],
     Float64[np.ndarray, "S Q"],
+    Float64[np.ndarray, "D Q"],
     Int64[np.ndarray, " T"],
     Float64[np.ndarray, "T Q"],
 ]:
-    """Constants and weights; and of T of the masks, fewer than twice `most`, which ones, and what they are
-    predicted to have by a fit to all masks but themselves.
+    """Constants, weights, and slopes of the features; and of T of the masks, fewer than twice `most`, which
+    ones, and what they are predicted to have by a fit to all masks but themselves.
 
-    The ridge is the one with the least error of such predictions among the T alone. It does not depend on
-    their number: it is the noise of a score in units of the kernel.
+    What follows from the features by lines is learnt from far fewer masks where the kernel is `alike` plus a
+    share of the features' products; where nothing does, these only add noise. The share and the ridge are
+    those with the least error of predictions of each of the T (for the share, of some of them) by the others.
+    The ridge does not depend on their number: it is the noise of a score in units of the kernel.
     """
     constants = truth.mean(axis=0)
     tested = np.arange(0, len(alike), max(1, len(alike) // most))
@@ -139,17 +151,34 @@ def kernel_ridge(
     along = torch.from_numpy(order).to(alike.device)
     alike = alike[along[:, None], along]
     around = torch.from_numpy((truth - constants)[order]).to(alike.device)
+    scaled = torch.from_numpy(features[order] / features.std() / features.shape[1] ** 0.5).to(alike.device)
     last = slice(len(order) - len(tested), None)
-    lower = _factor(alike, _strengths(alike[last, last], around[last]))
+    share = _share(alike[last, last], scaled[last], around[last])
+    if share:
+        alike.addmm_(scaled, scaled.T, alpha=share)
+    _, strengths = _ridges(alike[last, last], around[last])
+    lower = _factor(alike, strengths)
     solved = torch.cholesky_solve(around, lower)
     left = solved[last] / torch.cholesky_inverse(lower[last, last]).diagonal()[:, None]
     weights = np.empty(truth.shape)
     weights[order] = solved.cpu().numpy()
-    return constants, weights, tested, constants + (around[last] - left).cpu().numpy()
+    slopes = features.T @ weights * (share / features.var() / features.shape[1])
+    return constants, weights, slopes, tested, constants + (around[last] - left).cpu().numpy()
 
 
-def _strengths(alike: Float64[Tensor, "T T"], around: Float64[Tensor, "T Q"]) -> list[float]:
-    """Of the ridge: the one with the least error of predictions of each by all the others, and all above."""
+def _share(
+    alike: Float64[Tensor, "T T"], scaled: Float64[Tensor, "T D"], around: Float64[Tensor, "T Q"]
+) -> float:
+    """Of the products in the kernel: the one with the least error, by a few of the masks; or none."""
+    few = slice(None, None, max(1, len(alike) // _JUDGES))
+    products = scaled[few] @ scaled[few].T
+    errors = [_ridges(alike[few, few] + share * products, around[few])[0] for share in _SHARES]
+    best = int(np.argmin(errors))
+    return _SHARES[best] if errors[best] < _WORTH * errors[0] else _SHARES[0]
+
+
+def _ridges(alike: Float64[Tensor, "T T"], around: Float64[Tensor, "T Q"]) -> tuple[float, list[float]]:
+    """The least error of predictions of each by all the others; the ridge that makes it, and all above."""
     values, vectors = torch.linalg.eigh(alike)
     strengths = torch.from_numpy(_STRENGTHS).to(alike.device)
     shrunk = (1 / (values.clamp_min(0)[:, None] + strengths))[..., None]
@@ -157,7 +186,8 @@ def _strengths(alike: Float64[Tensor, "T T"], around: Float64[Tensor, "T Q"]) ->
     left = (vectors @ along.flatten(1)).view_as(along) / (vectors.square() @ shrunk[..., 0])[..., None]
     scale = around.square().sum(dim=0).clamp_min(1e-300)
     errors = (left.square().sum(dim=0) / scale).sum(dim=1)
-    return [float(strength) for strength in _STRENGTHS[int(errors.argmin()) :]]
+    best = int(errors.argmin())
+    return float(errors[best]), [float(strength) for strength in _STRENGTHS[best:]]
 
 
 def _factor(alike: Float64[Tensor, "S S"], strengths: list[float]) -> Float64[Tensor, "S S"]:

@@ -43,7 +43,7 @@ from mcrise_ray.saliency import UnitSums, method_maps
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
 from mcrise_ray.tasks import Inspection, Saved, Target
-from mcrise_ray.variates import FIRST_FRESH, FOLDS, fit_scores
+from mcrise_ray.variates import FIRST_FRESH, FOLDS, Features, fit_scores
 
 GOLDEN_TICKS = [0.38900457066483796, 0.9339474069420248]  # of masks 0 and 1 of the default spec
 SMALL = (4, 5)
@@ -409,22 +409,42 @@ def test_kernel_is_a_mean_of_gaussians_of_windows() -> None:
 
 
 @pytest.mark.parametrize("masks", [60, 600, 1200])
-def test_masks_are_predicted_without_their_own_scores(masks: int) -> None:
+@pytest.mark.parametrize("lines", [0.0, 4.0])
+def test_masks_are_predicted_without_their_own_scores(masks: int, lines: float) -> None:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(masks, 4 * 2 * 3))
     windows = Windows.of(features, (4, 2, 3), scale=1.0)
-    truth = np.stack([features[:, 0] + 0.1 * rng.normal(size=masks), rng.normal(size=masks)], axis=1)
-    constants, weights, tested, unseen = kernel_ridge(windows.alike(features), truth)
-    left = truth - constants - windows.similar(features, weights)
+    bent = np.abs(features[:, 0]) + lines * features.sum(axis=1) + 0.1 * rng.normal(size=masks)
+    truth = np.stack([bent, features[:, 1] ** 2 - bent], axis=1)
+    constants, weights, slopes, tested, unseen = kernel_ridge(windows.alike(features), features, truth)
+    left = truth - constants - windows.similar(features, weights) - features @ slopes
     strength = (left / weights).mean()
     np.testing.assert_array_equal(tested, range(0, masks, max(1, masks // 512)))
+    products = features @ features.T / features.var() / 24
+    # Lines are what the weights make of the products: of a share of them that is one of a few.
+    of_one = features.T @ weights / features.var() / 24
+    share = float((slopes * of_one).sum() / (of_one**2).sum())
+    np.testing.assert_allclose(slopes, share * of_one, atol=1e-12)
+    assert bool(share) == bool(lines) or masks == 60  # which know little of it
+    alike = windows.alike(features).numpy() + share * products
     for known, place in ((0, tested[0]), (-1, tested[-1])):
         others = np.arange(masks) != place
-        alike = windows.alike(features).numpy()
         solved = np.linalg.solve(
             alike[np.ix_(others, others)] + strength * np.eye(masks - 1), (truth - constants)[others]
         )
         np.testing.assert_allclose(unseen[known], constants + alike[place, others] @ solved, atol=1e-3)
+
+
+def test_scores_that_follow_from_lines_are_learnt_from_few_masks() -> None:
+    spec = mr.ExplainSpec(grid=(4, 4), masks=512)
+    masks = draw(spec, 0, 1024)
+    phi = Features(spec, (16, 16), (4, 4))(masks)
+    along = phi @ np.random.default_rng(0).normal(size=phi.shape[1])
+    scores = 1 / (1 + np.exp(-along / along.std()))[:, None]
+    guide = learn(spec, (16, 16), masks[:512], scores[:512])
+    assert guide is not None
+    best, _, _ = predict(spec, (16, 16), guide, masks[512:])
+    assert ((best - scores[512:]) ** 2).mean() < 0.001 * scores.var()  # 0.045 by neighbourhoods alone
 
 
 def test_a_kernel_with_roundings_has_a_ridge_that_is_larger_than_they_are() -> None:
@@ -433,10 +453,10 @@ def test_a_kernel_with_roundings_has_a_ridge_that_is_larger_than_they_are() -> N
     alike = Windows.of(features, (4, 2, 3), scale=1.0).alike(features)
     alike -= 0.01 * torch.eye(40)
     alike[:, 1:2], alike[1:2] = alike[:, :1], alike[:1]  # two masks alike, but for what was taken off
-    constants, weights, _, unseen = kernel_ridge(alike, features[:, :1])
+    constants, weights, _, _, unseen = kernel_ridge(alike, features, features[:, :1] ** 2)
     assert np.isfinite(weights).all()
     assert np.isfinite(unseen).all()
-    assert abs(constants[0] - features[:, 0].mean()) < 1e-12
+    assert abs(constants[0] - (features[:, 0] ** 2).mean()) < 1e-12
 
 
 def steep(images: Tensor) -> np.ndarray:
