@@ -20,11 +20,11 @@ from torch import Tensor
 _WIDTH = 0.85  # of the kernel, in mean squared differences of features of a window
 _WINDOWS = 3  # along each axis; each spans half of it
 _STRENGTHS = 10.0 ** np.arange(-3, 2.1, 0.5)  # of the ridge; a mask is alike to itself by 1
-_SHARES = 0.0, 0.3, 1.0, 3.0  # of the features' products, which are alike to themselves by 1 too
+_SHARES = 0.3, 1.0, 3.0  # of the features' products, which are alike to themselves by 1 too; or none
 # Of the error without products, at most, or there are none: lines are sure of masks that are like no other.
 # Where they gain less than this, some explanations of rare classes had half as much variance again.
 _WORTH = 0.9
-_JUDGES = 256  # masks by which the share is chosen: each takes an eigendecomposition
+_JUDGES = 128  # masks by which the share is chosen: each takes an eigendecomposition
 TESTED = 512  # masks by which the ridge is chosen and judged: eigenvectors of more take seconds
 _AT_ONCE = 1024  # masks compared with those learnt from: with fewer, two threads have too little to do
 
@@ -169,12 +169,16 @@ def kernel_ridge(
 def _share(
     alike: Float64[Tensor, "T T"], scaled: Float64[Tensor, "T D"], around: Float64[Tensor, "T Q"]
 ) -> float:
-    """Of the products in the kernel: the one with the least error, by a few of the masks; or none."""
+    """Of the products in the kernel: the first that no larger one improves on, by a few masks; or none."""
     few = slice(None, None, max(1, len(alike) // _JUDGES))
     products = scaled[few] @ scaled[few].T
-    errors = [_ridges(alike[few, few] + share * products, around[few])[0] for share in _SHARES]
-    best = int(np.argmin(errors))
-    return _SHARES[best] if errors[best] < _WORTH * errors[0] else _SHARES[0]
+    best, least = 0.0, _WORTH * _ridges(alike[few, few], around[few])[0]
+    for share in _SHARES:
+        error, _ = _ridges(alike[few, few] + share * products, around[few])
+        if not error < least:
+            break
+        best, least = share, error
+    return best
 
 
 def _ridges(alike: Float64[Tensor, "T T"], around: Float64[Tensor, "T Q"]) -> tuple[float, list[float]]:
