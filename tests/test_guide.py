@@ -450,13 +450,15 @@ def test_scores_that_follow_from_lines_are_learnt_from_few_masks() -> None:
 def test_a_kernel_with_roundings_has_a_ridge_that_is_larger_than_they_are() -> None:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(40, 4 * 2 * 3))
-    alike = Windows.of(features, (4, 2, 3), scale=1.0).alike(features)
-    alike -= 0.01 * torch.eye(40)
-    alike[:, 1:2], alike[1:2] = alike[:, :1], alike[:1]  # two masks alike, but for what was taken off
-    constants, weights, _, _, unseen = kernel_ridge(alike, features, features[:, :1] ** 2)
-    assert np.isfinite(weights).all()
+    features[1] = features[0]  # two masks alike, but for what is taken off
+    alike = Windows.of(features, (4, 2, 3), scale=1.0).alike(features) - 0.02 * torch.eye(40)
+    constants, weights, slopes, _, unseen = kernel_ridge(alike, features, features[:, :1])
+    left = features[:, :1] - constants - alike.numpy() @ weights - features @ slopes
+    ridge = float((left * weights).sum() / (weights**2).sum())
+    assert ridge > 0.02
+    np.testing.assert_allclose(left, ridge * weights, atol=1e-6)  # likeness is computed in float32
     assert np.isfinite(unseen).all()
-    assert abs(constants[0] - (features[:, 0] ** 2).mean()) < 1e-12
+    assert abs(constants[0] - features[:, 0].mean()) < 1e-12
 
 
 def steep(images: Tensor) -> np.ndarray:
