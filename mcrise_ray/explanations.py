@@ -50,11 +50,13 @@ def explanation(
     """The maps of a reduction over all units; of one target after the other, which takes less memory and so
     less time.
     """
+    # Predictions leave so little to be summed that float32 rounds it finer than the maps.
+    dtype = torch.float64 if spec.estimator == "paper" else torch.float32
     shape = (len(targets), spec.K, *total.size)
     maps, raw, standard_error = (np.empty(shape, np.float32) for _ in range(3))
     baseline, relative_error = np.empty((len(targets), *total.size), np.float32), np.empty(len(targets))
     for place in range(len(targets)):
-        found = total.of_target(place).finalize(spec)
+        found = total.of_target(place).finalize(spec, dtype)
         rounded = (
             (maps, found.maps),
             (raw, found.raw),

@@ -1,4 +1,4 @@
-"""Scores of masks to saliency maps: zero, accumulate, combine, finalize, in float64.
+"""Scores of masks to saliency maps: zero, accumulate, combine (all in float64), finalize.
 
 The sums of equation 9 are linear in the cells, so scores are added into one bucket per shift at low
 resolution (`UnitSums.accumulate`), combined so, and upsampled once (`Partial.finalize`). `Partial` is what a
@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from mcrise_ray.masks import (
@@ -170,18 +170,26 @@ class Partial:
             self.slopes[one],
         )
 
-    def finalize(self, spec: ExplainSpec) -> Maps:
-        """Means and standard errors (eq. 2, 5 or 9, by the method)."""
+    def finalize(self, spec: ExplainSpec, dtype: torch.dtype = torch.float64) -> Maps:
+        """Means and standard errors (eq. 2, 5 or 9, by the method).
+
+        Args:
+            spec: what was asked for.
+            dtype: in which the sums are upsampled. What is predicted never meets what it would cancel with,
+                so float32 rounds what predictions leave, not the scores.
+        """
         # Many targets make this a good part of all time. By torch, because the threads of two libraries would
         # wait for each other; in place, and with axes that lie as L H K W; errors in float32, as squares are.
-        raw, baseline = self._measured(spec)
-        square = method_maps(spec, raw, baseline).float().square_()
-        predicted = expectation(spec, self.size, self.slopes / self.weight)
+        raw, baseline = self._measured(spec, dtype)
+        maps = method_maps(spec, raw, baseline)
+        square = maps.float().square()
+        predicted = expectation(spec, self.size, self.slopes / self.weight, dtype)
         kept = predicted.sum(dim=1).mul_(-spec.p_mask / spec.K)
-        kept += torch.tensor(self.means)[:, None, None] / self.weight
+        kept += (torch.tensor(self.means)[:, None, None] / self.weight).to(dtype)
+        if spec.method != "rise":  # whose map is `baseline`
+            maps.add_(predicted, alpha=1 if spec.method == "mc-rise" else -1)
         raw.add_(predicted).add_(kept[:, None])
         baseline += kept
-        maps = method_maps(spec, raw, baseline)
         if self.masks > 1:
             mean = square.mul_(self.squared_weight / self.weight)
             # Rounding may leave -1e-20.
@@ -193,10 +201,12 @@ class Partial:
         found = (maps, raw, baseline, variance.sqrt_(), relative_error)
         return Maps(*(tensor.numpy() for tensor in found))
 
-    def _measured(self, spec: ExplainSpec) -> tuple[Float64[Tensor, "L K H W"], Float64[Tensor, "L H W"]]:
+    def _measured(
+        self, spec: ExplainSpec, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "L K H W"], Float[Tensor, "L H W"]]:
         """Mean raw and baseline sums."""
-        raw = _upsampled(_as_tensor(self.buckets), self.size)
-        kept = torch.tensor(self.scores)[:, None, None] - raw.sum(dim=1)
+        raw = _upsampled(_as_tensor(self.buckets).to(dtype), self.size)
+        kept = torch.tensor(self.scores).to(dtype)[:, None, None] - raw.sum(dim=1)
         return raw.mul_(spec.K / spec.p_mask / self.weight), kept.div_((1 - spec.p_mask) * self.weight)
 
     def _second_moments(self, spec: ExplainSpec) -> Float32[Tensor, "L M H W"]:
@@ -214,9 +224,9 @@ class Partial:
 class Maps:
     """Finished maps; see `Explanation` for the meaning of each."""
 
-    maps: Float64[np.ndarray, "L M H W"]
-    raw: Float64[np.ndarray, "L K H W"]
-    baseline: Float64[np.ndarray, "L H W"]
+    maps: Float[np.ndarray, "L M H W"]
+    raw: Float[np.ndarray, "L K H W"]
+    baseline: Float[np.ndarray, "L H W"]
     standard_error: Float32[np.ndarray, "L M H W"]
     relative_error: Float64[np.ndarray, " L"]
 
@@ -251,26 +261,24 @@ def _as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _upsampled(
-    buckets: Float64[Tensor, "L h sy K w sx"], size: tuple[int, int]
-) -> Float64[Tensor, "L K H W"]:
+def _upsampled(buckets: Float[Tensor, "L h sy K w sx"], size: tuple[int, int]) -> Float[Tensor, "L K H W"]:
     """Each bucket upsampled at its shift, and all of them added: a few matrix products per target."""
     targets, h, span_y, fills, w, span_x = buckets.shape
     height, width = size
     found = torch.empty(targets, height, fills, width, dtype=buckets.dtype)
     high = torch.empty(height, fills * w * span_x, dtype=buckets.dtype)
     for low, out in zip(buckets, found, strict=True):
-        for pixels, seen, table in _stretches(h, height, _STRETCHES[0]):
+        for pixels, seen, table in _stretches(h, height, _STRETCHES[0], buckets.dtype):
             torch.mm(table.T, low.view(h * span_y, -1)[seen], out=high[pixels])
-        for pixels, seen, table in _stretches(w, width, _STRETCHES[1]):
+        for pixels, seen, table in _stretches(w, width, _STRETCHES[1], buckets.dtype):
             torch.mm(high.view(-1, w * span_x)[:, seen], table, out=out.view(-1, width)[:, pixels])
     return found.transpose(1, 2)
 
 
 @lru_cache(maxsize=16)
 def _stretches(
-    cells: int, pixels: int, count: int
-) -> list[tuple[slice, slice, Float64[Tensor, "seen pixels"]]]:
+    cells: int, pixels: int, count: int, dtype: torch.dtype
+) -> list[tuple[slice, slice, Float[Tensor, "seen pixels"]]]:
     """The upsampling of one axis in so many stretches of pixels, each of which sees some of the cells.
 
     Returns:
@@ -286,7 +294,7 @@ def _stretches(
             (
                 slice(start, stop),
                 slice(first * span, last * span),
-                table[first:last].reshape(-1, stop - start),
+                table[first:last].reshape(-1, stop - start).to(dtype),
             )
         )
     return found
@@ -336,8 +344,8 @@ def weight_moments(spec: ExplainSpec, size: tuple[int, int]) -> Float64[np.ndarr
 
 
 def method_maps(
-    spec: ExplainSpec, raw: Float64[Tensor, "L K H W"], baseline: Float64[Tensor, "L H W"]
-) -> Float64[Tensor, "L M H W"]:
+    spec: ExplainSpec, raw: Float[Tensor, "L K H W"], baseline: Float[Tensor, "L H W"]
+) -> Float[Tensor, "L M H W"]:
     """The method's maps out of the two sums (or means) that all three methods share.
 
     MC-RISE is `raw_k - baseline` (eq. 9). With one black fill, RISE is `baseline` (eq. 2, where the paper's
@@ -350,7 +358,8 @@ def method_maps(
 
 
 def _relative_error(
-    maps: Float64[Tensor, "L M H W"], variance: Float32[Tensor, "L M H W"]
+    maps: Float[Tensor, "L M H W"], variance: Float32[Tensor, "L M H W"]
 ) -> Float64[Tensor, " L"]:
     """`rms(standard error) / rms(map)` of each target; NaN for a map that is zero without error."""
-    return (variance.mean(dim=(1, 2, 3), dtype=torch.float64) / maps.square().mean(dim=(1, 2, 3))).sqrt_()
+    squares = variance.mean(dim=(1, 2, 3)), maps.square().mean(dim=(1, 2, 3))
+    return (squares[0].double() / squares[1].double()).sqrt_()

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from mcrise_ray.masks import Masks, draw, one_per_fill, overlap_kernels, sampled, stretched, upsampling_tables
@@ -144,8 +144,11 @@ def patches(spec: ExplainSpec, size: tuple[int, int], masks: int) -> tuple[int, 
 
 
 def expectation(
-    spec: ExplainSpec, size: tuple[int, int], slopes: Float64[np.ndarray, "L Y K X"]
-) -> Float64[Tensor, "L K H W"]:
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    slopes: Float64[np.ndarray, "L Y K X"],
+    dtype: torch.dtype = torch.float64,
+) -> Float[Tensor, "L K H W"]:
     """`Ky B_k Kx` of scores `phi . slopes`, with `B_k` the slopes spread over their patches.
 
     It is what MC-RISE (eq. 9) gives for such scores in expectation. The raw sum alone gives
@@ -153,7 +156,7 @@ def expectation(
     `Cov(m_k, m_j) = (q delta_kj - q**2) Ky Kx` with `q = p_mask / K`.
     """
     ky, kx = _overlaps_with_patches(spec.grid, size, (slopes.shape[1], slopes.shape[3]))
-    return stretched(torch.from_numpy(slopes), ky, kx).transpose(1, 2)
+    return stretched(torch.from_numpy(slopes).to(dtype), ky.to(dtype), kx.to(dtype)).transpose(1, 2)
 
 
 @lru_cache(maxsize=16)

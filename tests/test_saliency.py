@@ -15,11 +15,14 @@ from torch import Tensor
 
 import mcrise_ray as mr
 from mcrise_ray.blend import Blender
+from mcrise_ray.estimators import residual_unit
 from mcrise_ray.explainer import Subject, run_unit
+from mcrise_ray.explanations import explanation
 from mcrise_ray.masks import Masks, coverage, draw
 from mcrise_ray.plan import Unit, unit_count, units
 from mcrise_ray.saliency import Maps, Partial, UnitSums
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.variates import fit_scores
 
 PALETTES = {1: "#204080", 5: "paper5", 8: "paper8"}
 CASES = [
@@ -94,6 +97,18 @@ def test_debiased_rise_is_minus_mc_rise_with_one_black_fill() -> None:
     black = mr.explain(black_box, image, [1], ExplainSpec(masks=200, colors="black"))
     np.testing.assert_array_equal(debiased.maps, -black.maps)
     np.testing.assert_array_equal(debiased.standard_error, black.standard_error)
+
+
+@pytest.mark.parametrize("method", ["mc-rise", "debiased-rise"])
+def test_what_is_rounded_to_float32_is_what_predictions_leave_and_never_a_score(method: str) -> None:
+    """A class that the model is sure of: its scores differ in their sixth digit, where float32 ends."""
+    size, spec = (24, 24), ExplainSpec(method=method, masks=600, grid=(4, 4))
+    whole = Unit(0, 0, spec.masks)
+    kept = 1 - coverage(spec, size, range(spec.masks)).sum(axis=1)
+    scores = 0.99999 + 1e-6 * np.tanh(kept[:, :12].mean(axis=(1, 2)) - 0.5)[:, None]
+    total = residual_unit(spec, size, whole, scores, fit_scores(spec, size, scores))
+    exact, found = total.finalize(spec).maps, explanation(spec, [0], scores[0], total).maps
+    np.testing.assert_allclose(found, exact, rtol=0, atol=3e-7 * np.abs(exact).max())
 
 
 def test_sums_that_must_not_be_written_to_are_finalized_without_a_warning() -> None:
