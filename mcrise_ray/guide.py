@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from mcrise_ray.kernels import TESTED, Windows, kernel_ridge
+from mcrise_ray.kernels import TESTED, Windows, kernel_ridge, relevance
 from mcrise_ray.masks import Masks, draw, uniform
 from mcrise_ray.plan import MOST_LEARNT, Unit
 from mcrise_ray.regression import Basis, logistic, ridge
@@ -67,6 +67,7 @@ class Guide:
         learnt: the S masks.
         patches: (Y, X), of the features.
         scale: standard deviation of a feature.
+        relevance: `(D,)`, how much the scores depend on each feature.
         weights: `(S, Q)`, of the kernels in the logits of the targets and, where there are rivals, in the
             logarithms of all probabilities.
         constants: `(Q,)`, of the same.
@@ -82,6 +83,7 @@ class Guide:
     learnt: Masks
     patches: tuple[int, int]
     scale: float
+    relevance: Float64[np.ndarray, " D"]
     weights: Float64[np.ndarray, "S Q"]
     constants: Float64[np.ndarray, " Q"]
     lines: Float64[np.ndarray, "D Q"]
@@ -159,7 +161,7 @@ def predict(
 ) -> tuple[Float64[np.ndarray, "C L"], Float64[np.ndarray, "C L"], Float64[np.ndarray, "C L"]]:
     """`g` of any masks, the variance of scores around it, and `l`; the device does the better part of it."""
     features = Features(spec, size, guide.patches)
-    learnt = guide.learnt.cells.tobytes(), guide.learnt.shift_words.tobytes()
+    learnt = guide.learnt.cells.tobytes(), guide.learnt.shift_words.tobytes(), guide.relevance.tobytes()
     windows = _windows_of(spec, size, guide.patches, guide.scale, *learnt, str(device))
     best, doubt, line = (np.empty((len(masks), len(guide.means))) for _ in range(3))
     for start in range(0, len(masks), _CHUNK):
@@ -207,9 +209,11 @@ def learn(
     scale = float(known.std())
     if not scale:
         return None
-    windows = Windows.of(known, (grid[0], spec.K, grid[1]), scale, device)
     share = np.clip(scores[:, :targets], _SMALLEST, 1 - _SMALLEST)
     truth = np.log(share / (1 - share))
+    shape = (grid[0], spec.K, grid[1])
+    relevant = relevance(known, truth, shape, scale, device)
+    windows = Windows.of(known, shape, scale, relevant, device)
     everything = np.concatenate([truth, _logarithms(scores)], axis=1) if rivals else truth
     constants, weights, lines, judges, unseen = kernel_ridge(windows.alike(known), known, everything, tested)
     # How far predictions are to be believed is judged by masks that are predicted without their own scores.
@@ -230,7 +234,19 @@ def learn(
             return None
     line = ridge(basis, fresh, best, np.ones(len(fresh), dtype=bool))
     return Guide(
-        masks, grid, scale, weights, constants, lines, mix, rivals, spread, line.means, line.slopes, variance
+        masks,
+        grid,
+        scale,
+        relevant,
+        weights,
+        constants,
+        lines,
+        mix,
+        rivals,
+        spread,
+        line.means,
+        line.slopes,
+        variance,
     )
 
 
@@ -320,6 +336,7 @@ def _windows_of(
     scale: float,
     cells: bytes,
     words: bytes,
+    relevant: bytes,
     device: str,
 ) -> Windows:
     """Those of the masks that a guide has learnt from; it comes anew with every call, they do not."""
@@ -327,7 +344,8 @@ def _windows_of(
         np.frombuffer(cells, np.uint8).reshape(-1, *spec.grid).copy(),
         np.frombuffer(words, np.uint64).reshape(-1, 2),
     )
-    return Windows.of(Features(spec, size, grid)(learnt), (grid[0], spec.K, grid[1]), scale, device)
+    features = Features(spec, size, grid)(learnt)
+    return Windows.of(features, (grid[0], spec.K, grid[1]), scale, np.frombuffer(relevant).copy(), device)
 
 
 @lru_cache(maxsize=_KEPT)

@@ -1,10 +1,12 @@
 """How alike masks are, and kernel ridge regression on that: what neighbouring cells do together is learnt.
 
 The kernel is a mean, over overlapping windows of the image, of Gaussians of the features in each window, and
-products of all features where lines predict well.
+products of all features where lines predict well. Features that the scores hardly depend on hardly tell masks
+apart: how much they do is told by the slopes of a first fit to a few masks, as in recursive feature machines
+(Radhakrishnan et al. 2024).
 
-Axes: N masks; S masks learnt from, of which T are tested; Q quantities that are predicted; D features, which
-are Y patch rows, K fills and X patch columns, and of which a window has V.
+Axes: N masks; S masks learnt from, of which T are tested; Q quantities that are predicted; L targets;
+D features, which are Y patch rows, K fills and X patch columns, and of which a window has V.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-_WIDTH = 0.85  # of the kernel, in mean squared differences of features of a window
+_WIDTH = 1.06  # of the kernel, in mean squared differences of features of a window
+_CONTRAST = 0.75  # power of the relevance by which squared differences, and windows, are weighted
+_LEAST = 1e-3  # relevance of a feature that the scores do not depend on, where the mean is 1
+_LOOKED_AT = 512  # masks that the relevance is learnt from: more tell hardly more
 _WINDOWS = 3  # along each axis; each spans half of it
 _STRENGTHS = 10.0 ** np.arange(-3, 2.1, 0.5)  # of the ridge; a mask is alike to itself by 1
 _SHARES = 0.3, 1.0, 3.0  # of the features' products, which are alike to themselves by 1 too; or none
@@ -32,23 +37,36 @@ _AT_ONCE = 1024  # masks compared with those learnt from: with fewer, two thread
 @dataclass(frozen=True)
 class Windows:
     """Masks as the kernel sees them: per window, the features and half their squares, so that one product
-    gives the exponents.
+    gives the exponents; what the features are multiplied by; and (Y, K, X).
     """
 
-    right: tuple[Float32[Tensor, "V S"], ...]
+    right: tuple[Float32[Tensor, "V+2 S"], ...]
+    scales: tuple[Float32[Tensor, " V"], ...]
     shape: tuple[int, int, int]
-    scale: float
 
     @staticmethod
     def of(
         features: Float64[np.ndarray, "S D"],
         shape: tuple[int, int, int],
         scale: float,
+        relevance: Float64[np.ndarray, " D"] | None = None,
         device: torch.device | str = "cpu",
     ) -> Windows:
-        """Of masks with the given features, whose axes are (Y, K, X); likeness is computed on the device."""
-        parts = _parts(features, shape, scale, torch.device(device))
-        return Windows(tuple(_right(part).T.contiguous() for part in parts), shape, scale)
+        """Of masks with the given features, whose axes are (Y, K, X).
+
+        Args:
+            features: of the masks.
+            shape: (Y, K, X).
+            scale: standard deviation of a feature.
+            relevance: of each feature (see `relevance`); the same for all by default.
+            device: on which likeness is computed.
+        """
+        known = np.ones(features.shape[1]) if relevance is None else relevance
+        weights = [part[0] for part in _cut(known[None], shape, torch.device(device))]
+        shares = torch.stack([weight.mean() ** _CONTRAST for weight in weights])
+        scales = tuple(_scale(weight, scale) for weight in weights)
+        parts = zip(_scaled(features, scales, shape), shares / shares.mean(), strict=True)
+        return Windows(tuple(_right(part, share).T.contiguous() for part, share in parts), scales, shape)
 
     def alike(self, features: Float64[np.ndarray, "N D"]) -> Float64[Tensor, "N S"]:
         """How alike other masks are to each of these, between 0 and 1."""
@@ -69,6 +87,23 @@ class Windows:
             found[part] = (total @ weight).cpu().numpy()
         return found
 
+    def slopes(
+        self, features: Float64[np.ndarray, "N D"], weights: Float64[np.ndarray, "S L"]
+    ) -> Float32[Tensor, "L N Y K X"]:
+        """How `similar` changes with each of the features of these; they are held all at once."""
+        weight = torch.tensor(weights.T, device=self.right[0].device, dtype=torch.float32)
+        found = weight.new_zeros(len(weight), len(features), *self.shape)
+        parts = _scaled(features, self.scales, self.shape)
+        for (rows, columns), part, right, scale in zip(
+            _places(self.shape), parts, self.right, self.scales, strict=True
+        ):
+            alike = torch.mm(_left(part), right).exp2_()
+            for out, one in zip(found, weight, strict=True):
+                pull = alike * one
+                along = (pull @ right[:-2].T - part * pull.sum(dim=1, keepdim=True)) * scale
+                out[:, rows, :, columns] += along.view_as(out[:, rows, :, columns])
+        return found.mul_(np.log(2) / len(self.right))
+
     def _totals(
         self, features: Float64[np.ndarray, "N D"]
     ) -> Iterator[tuple[slice, Float32[Tensor, "part S"]]]:
@@ -79,7 +114,7 @@ class Windows:
         one, total = of.new_empty(2, min(_AT_ONCE, len(features)), of.shape[1])
         for start in range(0, len(features), _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, len(features)))
-            windows = _parts(features[part], self.shape, self.scale, of.device)
+            windows = _scaled(features[part], self.scales, self.shape)
             rows = slice(len(windows[0]))
             for place, (window, right) in enumerate(zip(windows, self.right, strict=True)):
                 into = one[rows] if place else total[rows]
@@ -89,20 +124,65 @@ class Windows:
             yield part, total[rows].div_(len(self.right))
 
 
-def _parts(
-    features: Float64[np.ndarray, "N D"], shape: tuple[int, int, int], scale: float, device: torch.device
-) -> list[Float32[Tensor, "N V"]]:
-    """The features in each window, of such a size that the kernel is `2 ** (-|a - b|**2 / 2)`: powers of two
-    are computed fastest.
+def relevance(
+    features: Float64[np.ndarray, "S D"],
+    truth: Float64[np.ndarray, "S L"],
+    shape: tuple[int, int, int],
+    scale: float,
+    device: torch.device | str = "cpu",
+) -> Float64[np.ndarray, " D"]:
+    """How much the targets depend on each feature, 1 in the mean: squared slopes of a first fit.
+
+    That of a patch's fill is what its patch has in the mean times what its fill has, which few masks tell
+    better than each of the products.
     """
-    spans, places = zip(*(_along(count) for count in (shape[0], shape[2])), strict=True)
+    features, truth = features[-_LOOKED_AT:], truth[-_LOOKED_AT:]
+    windows = Windows.of(features, shape, scale, device=device)
+    _, weights, lines, _, _ = kernel_ridge(windows.alike(features), features, truth, _JUDGES)
+    along = windows.slopes(features, weights).cpu().double().numpy() + lines.T.reshape(-1, 1, *shape)
+    squares = (along**2).mean(axis=1)
+    total = squares.sum(axis=(1, 2, 3), keepdims=True)
+    share = (squares / np.maximum(total, 1e-300)).mean(axis=0)
+    by_patch, by_fill = share.mean(axis=1, keepdims=True), share.mean(axis=(0, 2), keepdims=True)
+    product = by_patch * by_fill
+    mean = product.mean()
+    return (product / mean if mean > 0 else np.ones(shape)).ravel() + _LEAST
+
+
+def _scale(weight: Float32[Tensor, " V"], scale: float) -> Float32[Tensor, " V"]:
+    """Of a window's features, such that the kernel is `2 ** (-|a - b|**2 / 2)`: powers of two are computed
+    fastest. Its width does not depend on what the features' relevances have in common.
+    """
+    squared = weight**_CONTRAST
+    width = scale * (_WIDTH * len(weight) * np.log(2)) ** 0.5
+    found: Tensor = (squared / squared.mean()).sqrt() / width
+    return found
+
+
+def _scaled(
+    features: Float64[np.ndarray, "N D"],
+    scales: tuple[Float32[Tensor, " V"], ...],
+    shape: tuple[int, int, int],
+) -> list[Float32[Tensor, "N V"]]:
+    parts = _cut(features, shape, scales[0].device)
+    return [part * scale for part, scale in zip(parts, scales, strict=True)]
+
+
+def _cut(
+    features: Float64[np.ndarray, "N D"], shape: tuple[int, int, int], device: torch.device
+) -> list[Float32[Tensor, "N V"]]:
+    """The features in each window."""
     images = torch.from_numpy(features).to(device, torch.float32).view(-1, *shape)
-    width = scale * (_WIDTH * spans[0] * shape[1] * spans[1] * np.log(2)) ** 0.5
-    return [
-        (images[:, y : y + spans[0], :, x : x + spans[1]] / width).flatten(1)
-        for y in places[0]
-        for x in places[1]
-    ]
+    return [images[:, rows, :, columns].flatten(1) for rows, columns in _places(shape)]
+
+
+def _places(shape: tuple[int, int, int]) -> list[tuple[slice, slice]]:
+    """Patch rows and columns of each window."""
+    rows, columns = (
+        [slice(place, place + span) for place in places]
+        for span, places in (_along(shape[0]), _along(shape[2]))
+    )
+    return [(y, x) for y in rows for x in columns]
 
 
 def _along(count: int) -> tuple[int, list[int]]:
@@ -116,8 +196,9 @@ def _left(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N W"]:
     return torch.cat([window, -_half(window), window.new_ones(len(window), 1)], dim=1)
 
 
-def _right(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N W"]:
-    return torch.cat([window, window.new_ones(len(window), 1), -_half(window)], dim=1)
+def _right(window: Float32[Tensor, "N V"], share: Float32[Tensor, ""]) -> Float32[Tensor, "N W"]:
+    """With the share of the window in the kernel's mean."""
+    return torch.cat([window, window.new_ones(len(window), 1), share.log2() - _half(window)], dim=1)
 
 
 def _half(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N 1"]:

@@ -35,7 +35,7 @@ from mcrise_ray.guide import (
     learn_by_fold,
     predict,
 )
-from mcrise_ray.kernels import Windows, kernel_ridge
+from mcrise_ray.kernels import Windows, kernel_ridge, relevance
 from mcrise_ray.masks import Masks, draw
 from mcrise_ray.plan import Unit, looks, stages, unit, unit_count
 from mcrise_ray.reduction import Conclude, Reduction, ScoreUnit, SumUnit
@@ -395,17 +395,50 @@ def test_rivals_score_most_behind_masks_and_exclude_each_other() -> None:
     assert find_rivals(np.zeros((50, 0)), [0]) == ()  # more classes than are sent
 
 
-def test_kernel_is_a_mean_of_gaussians_of_windows() -> None:
-    features = np.random.default_rng(0).normal(size=(5, 4 * 2 * 3))
-    found = Windows.of(features[:2], (4, 2, 3), scale=0.5).alike(features).numpy()
+@pytest.mark.parametrize("relevant", [False, True])
+def test_kernel_is_a_mean_of_gaussians_of_windows(relevant: bool) -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(5, 4 * 2 * 3))
+    weights = rng.uniform(0.1, 2, size=24) if relevant else None
+    found = Windows.of(features[:2], (4, 2, 3), 0.5, weights).alike(features).numpy()
     images = features.reshape(5, 4, 2, 3) / 0.5
-    wanted = np.zeros((5, 2))
+    known = (np.ones(24) if weights is None else weights).reshape(1, 4, 2, 3)
+    wanted, total = np.zeros((5, 2)), 0.0
     for y in (0, 1, 2):
         for x in (0, 1):
-            window = images[:, y : y + 2, :, x : x + 2].reshape(5, -1)
-            distance = ((window[:, None] - window[None, :2]) ** 2).mean(axis=2)
-            wanted += np.exp(-distance / (2 * 0.85)) / 6
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+            window, weight = (
+                part[:, y : y + 2, :, x : x + 2].reshape(len(part), -1) for part in (images, known)
+            )
+            share, weight = weight.mean() ** 0.75, weight**0.75
+            squares = (window[:, None] - window[None, :2]) ** 2 * weight / weight.mean()
+            wanted += share * np.exp(-squares.mean(axis=2) / (2 * 1.06))
+            total += share
+    np.testing.assert_allclose(found, wanted / total, atol=1e-6)
+
+
+def test_slopes_are_those_of_what_is_similar() -> None:
+    rng = np.random.default_rng(0)
+    features, weights = rng.normal(size=(40, 4 * 2 * 3)), rng.normal(size=(30, 2))
+    windows = Windows.of(features[:30], (4, 2, 3), 1.0, rng.uniform(0.1, 2, size=24))
+    found = windows.slopes(features, weights).flatten(2).numpy()
+    for place in (0, 7, 23):
+        step = 0.01 * np.eye(24)[place]
+        risen = windows.similar(features + step, weights) - windows.similar(features - step, weights)
+        np.testing.assert_allclose(found[:, :, place], risen.T / 0.02, atol=2e-4)
+
+
+def test_relevance_tells_what_targets_depend_on() -> None:
+    """The first on one patch, the second on another, both on one fill, and neither on its own scale."""
+    features = np.random.default_rng(0).normal(size=(512, 4, 2, 3))
+    truth = np.stack([np.abs(features[:, 0, 1, 2]), 100 * features[:, 3, 1, 0] ** 2], axis=1)
+    found = relevance(features.reshape(512, -1), truth, (4, 2, 3), 1.0).reshape(4, 2, 3)
+    assert abs(found.mean() - 1) < 0.01
+    assert found[0, 1, 2] > 5
+    assert found[3, 1, 0] > 5
+    found[0, :, 2], found[3, :, 0] = 0, 0
+    assert found.max() < 1
+    nothing = relevance(features.reshape(512, -1), np.ones((512, 1)), (4, 2, 3), 1.0)
+    np.testing.assert_allclose(nothing, 1, atol=0.01)
 
 
 @pytest.mark.parametrize("masks", [60, 600, 1200])
