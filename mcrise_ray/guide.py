@@ -67,7 +67,8 @@ class Guide:
         learnt: the S masks.
         patches: (Y, X), of the features.
         scale: standard deviation of a feature.
-        relevance: `(D,)`, how much the scores depend on each feature.
+        by_patch: `(Y, X)`, how much the scores depend on each patch.
+        by_fill: `(K, K)`, and on each fill and pair of fills (see `kernels.relevance`).
         weights: `(S, Q)`, of the kernels in the logits of the targets and, where there are rivals, in the
             logarithms of all probabilities.
         constants: `(Q,)`, of the same.
@@ -83,7 +84,8 @@ class Guide:
     learnt: Masks
     patches: tuple[int, int]
     scale: float
-    relevance: Float64[np.ndarray, " D"]
+    by_patch: Float64[np.ndarray, "Y X"]
+    by_fill: Float64[np.ndarray, "K K"]
     weights: Float64[np.ndarray, "S Q"]
     constants: Float64[np.ndarray, " Q"]
     lines: Float64[np.ndarray, "D Q"]
@@ -161,8 +163,9 @@ def predict(
 ) -> tuple[Float64[np.ndarray, "C L"], Float64[np.ndarray, "C L"], Float64[np.ndarray, "C L"]]:
     """`g` of any masks, the variance of scores around it, and `l`; the device does the better part of it."""
     features = Features(spec, size, guide.patches)
-    learnt = guide.learnt.cells.tobytes(), guide.learnt.shift_words.tobytes(), guide.relevance.tobytes()
-    windows = _windows_of(spec, size, guide.patches, guide.scale, *learnt, str(device))
+    parts = guide.learnt.cells, guide.learnt.shift_words, guide.by_patch, guide.by_fill
+    contents = [part.tobytes() for part in parts]
+    windows = _windows_of(spec, size, guide.patches, guide.scale, *contents, str(device))
     best, doubt, line = (np.empty((len(masks), len(guide.means))) for _ in range(3))
     for start in range(0, len(masks), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -237,7 +240,7 @@ def learn(
         masks,
         grid,
         scale,
-        relevant,
+        *relevant,
         weights,
         constants,
         lines,
@@ -336,7 +339,8 @@ def _windows_of(
     scale: float,
     cells: bytes,
     words: bytes,
-    relevant: bytes,
+    by_patch: bytes,
+    by_fill: bytes,
     device: str,
 ) -> Windows:
     """Those of the masks that a guide has learnt from; it comes anew with every call, they do not."""
@@ -344,8 +348,9 @@ def _windows_of(
         np.frombuffer(cells, np.uint8).reshape(-1, *spec.grid).copy(),
         np.frombuffer(words, np.uint64).reshape(-1, 2),
     )
+    relevant = np.frombuffer(by_patch).reshape(grid), np.frombuffer(by_fill).reshape(spec.K, spec.K)
     features = Features(spec, size, grid)(learnt)
-    return Windows.of(features, (grid[0], spec.K, grid[1]), scale, np.frombuffer(relevant).copy(), device)
+    return Windows.of(features, (grid[0], spec.K, grid[1]), scale, relevant, device)
 
 
 @lru_cache(maxsize=_KEPT)

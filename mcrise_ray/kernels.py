@@ -1,9 +1,9 @@
 """How alike masks are, and kernel ridge regression on that: what neighbouring cells do together is learnt.
 
 The kernel is a mean, over overlapping windows of the image, of Gaussians of the features in each window, and
-products of all features where lines predict well. Features that the scores hardly depend on hardly tell masks
-apart: how much they do is told by the slopes of a first fit to a few masks, as in recursive feature machines
-(Radhakrishnan et al. 2024).
+products of all features where lines predict well. What the scores hardly depend on, patches of the image or
+differences between fills, hardly tells masks apart: how much they depend on it is told by the slopes of a
+first fit to a few masks, as in recursive feature machines (Radhakrishnan et al. 2024).
 
 Axes: N masks; S masks learnt from, of which T are tested; Q quantities that are predicted; L targets;
 D features, which are Y patch rows, K fills and X patch columns, and of which a window has V.
@@ -21,8 +21,8 @@ from torch import Tensor
 
 _WIDTH = 1.06  # of the kernel, in mean squared differences of features of a window
 _CONTRAST = 0.75  # power of the relevance by which squared differences, and windows, are weighted
-_LEAST = 1e-3  # relevance of a feature that the scores do not depend on, where the mean is 1
-_LOOKED_AT = 512  # masks that the relevance is learnt from: more tell hardly more
+_LEAST = 1e-3  # relevance of what the scores do not depend on, where the mean is 1
+_LOOKED_AT = 256  # masks that the relevance is learnt from, and judged by: more tell hardly more
 _WINDOWS = 3  # along each axis; each spans half of it
 _STRENGTHS = 10.0 ** np.arange(-3, 2.1, 0.5)  # of the ridge; a mask is alike to itself by 1
 _SHARES = 0.3, 1.0, 3.0  # of the features' products, which are alike to themselves by 1 too; or none
@@ -34,14 +34,17 @@ TESTED = 512  # masks by which the ridge is chosen and judged: eigenvectors of m
 _AT_ONCE = 1024  # masks compared with those learnt from: with fewer, two threads have too little to do
 
 
+Relevance = tuple[Float64[np.ndarray, "Y X"], Float64[np.ndarray, "K K"]]  # see `relevance`
+
+
 @dataclass(frozen=True)
 class Windows:
     """Masks as the kernel sees them: per window, the features and half their squares, so that one product
-    gives the exponents; what the features are multiplied by; and (Y, K, X).
+    gives the exponents; the matrices that the features are multiplied by; and (Y, K, X).
     """
 
     right: tuple[Float32[Tensor, "V+2 S"], ...]
-    scales: tuple[Float32[Tensor, " V"], ...]
+    metrics: tuple[Float32[Tensor, "V V"], ...]
     shape: tuple[int, int, int]
 
     @staticmethod
@@ -49,7 +52,7 @@ class Windows:
         features: Float64[np.ndarray, "S D"],
         shape: tuple[int, int, int],
         scale: float,
-        relevance: Float64[np.ndarray, " D"] | None = None,
+        relevance: Relevance | None = None,
         device: torch.device | str = "cpu",
     ) -> Windows:
         """Of masks with the given features, whose axes are (Y, K, X).
@@ -58,15 +61,18 @@ class Windows:
             features: of the masks.
             shape: (Y, K, X).
             scale: standard deviation of a feature.
-            relevance: of each feature (see `relevance`); the same for all by default.
+            relevance: of patches and fills (see `relevance`); the same for all by default.
             device: on which likeness is computed.
         """
-        known = np.ones(features.shape[1]) if relevance is None else relevance
-        weights = [part[0] for part in _cut(known[None], shape, torch.device(device))]
-        shares = torch.stack([weight.mean() ** _CONTRAST for weight in weights])
-        scales = tuple(_scale(weight, scale) for weight in weights)
-        parts = zip(_scaled(features, scales, shape), shares / shares.mean(), strict=True)
-        return Windows(tuple(_right(part, share).T.contiguous() for part, share in parts), scales, shape)
+        by_patch, by_fill = relevance or (np.ones((shape[0], shape[2])), np.eye(shape[1]))
+        mixed = _root(by_fill)
+        weights = [by_patch[rows, columns] for rows, columns in _places(shape)]
+        shares = np.array([(weight.mean() + _LEAST) ** _CONTRAST for weight in weights])
+        metrics = tuple(
+            torch.from_numpy(_metric(weight, mixed, scale)).to(device, torch.float32) for weight in weights
+        )
+        parts = zip(_seen(features, metrics, shape), np.log2(shares / shares.mean()).tolist(), strict=True)
+        return Windows(tuple(_right(part, share).T.contiguous() for part, share in parts), metrics, shape)
 
     def alike(self, features: Float64[np.ndarray, "N D"]) -> Float64[Tensor, "N S"]:
         """How alike other masks are to each of these, between 0 and 1."""
@@ -93,14 +99,14 @@ class Windows:
         """How `similar` changes with each of the features of these; they are held all at once."""
         weight = torch.tensor(weights.T, device=self.right[0].device, dtype=torch.float32)
         found = weight.new_zeros(len(weight), len(features), *self.shape)
-        parts = _scaled(features, self.scales, self.shape)
-        for (rows, columns), part, right, scale in zip(
-            _places(self.shape), parts, self.right, self.scales, strict=True
+        parts = _seen(features, self.metrics, self.shape)
+        for (rows, columns), part, right, metric in zip(
+            _places(self.shape), parts, self.right, self.metrics, strict=True
         ):
             alike = torch.mm(_left(part), right).exp2_()
             for out, one in zip(found, weight, strict=True):
                 pull = alike * one
-                along = (pull @ right[:-2].T - part * pull.sum(dim=1, keepdim=True)) * scale
+                along = (pull @ right[:-2].T - part * pull.sum(dim=1, keepdim=True)) @ metric.T
                 out[:, rows, :, columns] += along.view_as(out[:, rows, :, columns])
         return found.mul_(np.log(2) / len(self.right))
 
@@ -114,7 +120,7 @@ class Windows:
         one, total = of.new_empty(2, min(_AT_ONCE, len(features)), of.shape[1])
         for start in range(0, len(features), _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, len(features)))
-            windows = _scaled(features[part], self.scales, self.shape)
+            windows = _seen(features[part], self.metrics, self.shape)
             rows = slice(len(windows[0]))
             for place, (window, right) in enumerate(zip(windows, self.right, strict=True)):
                 into = one[rows] if place else total[rows]
@@ -130,50 +136,61 @@ def relevance(
     shape: tuple[int, int, int],
     scale: float,
     device: torch.device | str = "cpu",
-) -> Float64[np.ndarray, " D"]:
-    """How much the targets depend on each feature, 1 in the mean: squared slopes of a first fit.
+) -> Relevance:
+    """How much the targets depend on each patch, and on each fill and pair of fills: products of the slopes
+    of a first fit, in the mean. Those of patches, and of the fills by themselves, have the mean 1. It is the
+    same for all where that predicts no worse.
 
-    That of a patch's fill is what its patch has in the mean times what its fill has, which few masks tell
-    better than each of the products.
+    Few masks tell these two better than they tell what each fill does in each patch.
     """
     features, truth = features[-_LOOKED_AT:], truth[-_LOOKED_AT:]
     windows = Windows.of(features, shape, scale, device=device)
     _, weights, lines, _, _ = kernel_ridge(windows.alike(features), features, truth, _JUDGES)
     along = windows.slopes(features, weights).cpu().double().numpy() + lines.T.reshape(-1, 1, *shape)
-    squares = (along**2).mean(axis=1)
-    total = squares.sum(axis=(1, 2, 3), keepdims=True)
-    share = (squares / np.maximum(total, 1e-300)).mean(axis=0)
-    by_patch, by_fill = share.mean(axis=1, keepdims=True), share.mean(axis=(0, 2), keepdims=True)
-    product = by_patch * by_fill
-    mean = product.mean()
-    return (product / mean if mean > 0 else np.ones(shape)).ravel() + _LEAST
+    along /= np.maximum((along**2).mean(axis=(1, 2, 3, 4), keepdims=True), 1e-300) ** 0.5
+    by_patch = (along**2).mean(axis=(0, 1, 3))
+    fills = np.moveaxis(along, 3, 4).reshape(-1, shape[1])
+    found = by_patch, fills.T @ fills / len(fills)
+    # Slopes of a fit that has learnt nothing are largest where most windows overlap.
+    around = torch.from_numpy(truth - truth.mean(axis=0)).to(device)
+    relevant = Windows.of(features, shape, scale, found, device)
+    with_it, without = (_ridges(one.alike(features), around)[0] for one in (relevant, windows))
+    return found if with_it < without else (np.ones_like(by_patch), np.eye(shape[1]))
 
 
-def _scale(weight: Float32[Tensor, " V"], scale: float) -> Float32[Tensor, " V"]:
-    """Of a window's features, such that the kernel is `2 ** (-|a - b|**2 / 2)`: powers of two are computed
-    fastest. Its width does not depend on what the features' relevances have in common.
-    """
-    squared = weight**_CONTRAST
-    width = scale * (_WIDTH * len(weight) * np.log(2)) ** 0.5
-    found: Tensor = (squared / squared.mean()).sqrt() / width
+def _root(by_fill: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
+    """What features are multiplied by for a contrast between fills; in the mean it leaves squares alone."""
+    values, vectors = np.linalg.eigh(by_fill)
+    squared = (np.maximum(values, 0) + _LEAST) ** _CONTRAST
+    found: np.ndarray = (vectors * (squared / squared.mean()) ** 0.5) @ vectors.T
     return found
 
 
-def _scaled(
+def _metric(
+    weight: Float64[np.ndarray, "y x"], mixed: Float64[np.ndarray, "K K"], scale: float
+) -> Float64[np.ndarray, "V V"]:
+    """What the features of a window are multiplied by, such that the kernel is `2 ** (-|a - b|**2 / 2)`:
+    powers of two are computed fastest. Its width does not depend on the relevance of the window.
+    """
+    (y, x), fills = weight.shape, len(mixed)
+    squared = (weight + _LEAST) ** _CONTRAST
+    width = scale * (_WIDTH * y * fills * x * np.log(2)) ** 0.5
+    stretched = (squared / squared.mean()) ** 0.5 / width
+    found: np.ndarray = np.einsum("yx,kj,yz,xw->ykxzjw", stretched, mixed, np.eye(y), np.eye(x))
+    return found.reshape(y * fills * x, -1)
+
+
+def _seen(
     features: Float64[np.ndarray, "N D"],
-    scales: tuple[Float32[Tensor, " V"], ...],
+    metrics: tuple[Float32[Tensor, "V V"], ...],
     shape: tuple[int, int, int],
 ) -> list[Float32[Tensor, "N V"]]:
-    parts = _cut(features, shape, scales[0].device)
-    return [part * scale for part, scale in zip(parts, scales, strict=True)]
-
-
-def _cut(
-    features: Float64[np.ndarray, "N D"], shape: tuple[int, int, int], device: torch.device
-) -> list[Float32[Tensor, "N V"]]:
-    """The features in each window."""
-    images = torch.from_numpy(features).to(device, torch.float32).view(-1, *shape)
-    return [images[:, rows, :, columns].flatten(1) for rows, columns in _places(shape)]
+    """The features in each window, as its metric has them."""
+    images = torch.from_numpy(features).to(metrics[0].device, torch.float32).view(-1, *shape)
+    return [
+        images[:, rows, :, columns].flatten(1) @ metric
+        for (rows, columns), metric in zip(_places(shape), metrics, strict=True)
+    ]
 
 
 def _places(shape: tuple[int, int, int]) -> list[tuple[slice, slice]]:
@@ -196,9 +213,9 @@ def _left(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N W"]:
     return torch.cat([window, -_half(window), window.new_ones(len(window), 1)], dim=1)
 
 
-def _right(window: Float32[Tensor, "N V"], share: Float32[Tensor, ""]) -> Float32[Tensor, "N W"]:
-    """With the share of the window in the kernel's mean."""
-    return torch.cat([window, window.new_ones(len(window), 1), share.log2() - _half(window)], dim=1)
+def _right(window: Float32[Tensor, "N V"], share: float) -> Float32[Tensor, "N W"]:
+    """With the logarithm to base 2 of the window's share in the kernel's mean."""
+    return torch.cat([window, window.new_ones(len(window), 1), share - _half(window)], dim=1)
 
 
 def _half(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N 1"]:

@@ -399,27 +399,34 @@ def test_rivals_score_most_behind_masks_and_exclude_each_other() -> None:
 def test_kernel_is_a_mean_of_gaussians_of_windows(relevant: bool) -> None:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(5, 4 * 2 * 3))
-    weights = rng.uniform(0.1, 2, size=24) if relevant else None
-    found = Windows.of(features[:2], (4, 2, 3), 0.5, weights).alike(features).numpy()
+    known = made_up_relevance(rng) if relevant else None
+    found = Windows.of(features[:2], (4, 2, 3), 0.5, known).alike(features).numpy()
+    by_patch, by_fill = known or (np.ones((4, 3)), np.eye(2))
+    # Squared differences between fills by a power of a matrix, of patches by a power of a number.
+    values, vectors = np.linalg.eigh(by_fill)
+    powers = (values + 1e-3) ** 0.75
+    metric = vectors @ np.diag(powers / powers.mean()) @ vectors.T
     images = features.reshape(5, 4, 2, 3) / 0.5
-    known = (np.ones(24) if weights is None else weights).reshape(1, 4, 2, 3)
     wanted, total = np.zeros((5, 2)), 0.0
     for y in (0, 1, 2):
         for x in (0, 1):
-            window, weight = (
-                part[:, y : y + 2, :, x : x + 2].reshape(len(part), -1) for part in (images, known)
-            )
-            share, weight = weight.mean() ** 0.75, weight**0.75
-            squares = (window[:, None] - window[None, :2]) ** 2 * weight / weight.mean()
-            wanted += share * np.exp(-squares.mean(axis=2) / (2 * 1.06))
+            window, weight = images[:, y : y + 2, :, x : x + 2], by_patch[y : y + 2, x : x + 2]
+            share, weight = (weight.mean() + 1e-3) ** 0.75, (weight + 1e-3) ** 0.75
+            apart = window[:, None] - window[None, :2]
+            squares = np.einsum("nsykx,kj,nsyjx->nsyx", apart, metric, apart) * weight / weight.mean()
+            wanted += share * np.exp(-squares.sum(axis=(2, 3)) / 8 / (2 * 1.06))
             total += share
     np.testing.assert_allclose(found, wanted / total, atol=1e-6)
+
+
+def made_up_relevance(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return rng.uniform(0.1, 2, size=(4, 3)), np.array([[1.2, -0.5], [-0.5, 0.8]])
 
 
 def test_slopes_are_those_of_what_is_similar() -> None:
     rng = np.random.default_rng(0)
     features, weights = rng.normal(size=(40, 4 * 2 * 3)), rng.normal(size=(30, 2))
-    windows = Windows.of(features[:30], (4, 2, 3), 1.0, rng.uniform(0.1, 2, size=24))
+    windows = Windows.of(features[:30], (4, 2, 3), 1.0, made_up_relevance(rng))
     found = windows.slopes(features, weights).flatten(2).numpy()
     for place in (0, 7, 23):
         step = 0.01 * np.eye(24)[place]
@@ -428,17 +435,25 @@ def test_slopes_are_those_of_what_is_similar() -> None:
 
 
 def test_relevance_tells_what_targets_depend_on() -> None:
-    """The first on one patch, the second on another, both on one fill, and neither on its own scale."""
-    features = np.random.default_rng(0).normal(size=(512, 4, 2, 3))
-    truth = np.stack([np.abs(features[:, 0, 1, 2]), 100 * features[:, 3, 1, 0] ** 2], axis=1)
-    found = relevance(features.reshape(512, -1), truth, (4, 2, 3), 1.0).reshape(4, 2, 3)
-    assert abs(found.mean() - 1) < 0.01
-    assert found[0, 1, 2] > 5
-    assert found[3, 1, 0] > 5
-    found[0, :, 2], found[3, :, 0] = 0, 0
-    assert found.max() < 1
-    nothing = relevance(features.reshape(512, -1), np.ones((512, 1)), (4, 2, 3), 1.0)
-    np.testing.assert_allclose(nothing, 1, atol=0.01)
+    """Each on a patch of its own, both on the difference of two fills alone, and not on a third."""
+    features = np.random.default_rng(0).normal(size=(256, 4, 3, 3))
+    apart = features[:, :, 0] - features[:, :, 2]
+    truth = np.stack([np.tanh(apart[:, 0, 2]), 100 * np.maximum(apart[:, 3, 0], 0)], axis=1)
+    by_patch, by_fill = relevance(features.reshape(256, -1), truth, (4, 3, 3), 1.0)
+    np.testing.assert_allclose((by_patch.mean(), np.trace(by_fill)), (1, 3))
+    assert min(by_patch[0, 2], by_patch[3, 0]) > 10 * np.sort(by_patch.ravel())[-3]
+    np.testing.assert_allclose(by_fill / by_fill[0, 0], [[1, 0, -1], [0, 0, 0], [-1, 0, 1]], atol=0.15)
+
+
+def test_relevance_is_the_same_for_all_where_that_predicts_no_worse() -> None:
+    """Valleys, of which so few masks tell so little that the slopes of a first fit are those of its noise."""
+    features = np.random.default_rng(0).normal(size=(256, 4, 3, 3))
+    apart = features[:, :, 0] - features[:, :, 2]
+    valleys = np.stack([np.abs(apart[:, 0, 2]), 100 * apart[:, 3, 0] ** 2], axis=1)
+    for truth in (valleys, np.ones((256, 1))):
+        by_patch, by_fill = relevance(features.reshape(256, -1), truth, (4, 3, 3), 1.0)
+        np.testing.assert_array_equal(by_patch, np.ones((4, 3)))
+        np.testing.assert_array_equal(by_fill, np.eye(3))
 
 
 @pytest.mark.parametrize("masks", [60, 600, 1200])
