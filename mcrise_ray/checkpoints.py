@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mcrise_ray.estimators import Scored, scores_of
-from mcrise_ray.guide import CANDIDATES, Choice, Guide, Picked
+from mcrise_ray.guide import Choice, Guide, Picked
 from mcrise_ray.masks import Masks
 from mcrise_ray.reduction import State
 from mcrise_ray.saliency import Partial
@@ -58,6 +58,7 @@ class Checkpoints:
             "scored": [len(scores_of(scored)) for scored in state.scores],
             "stage": state.stage,
             "picked": len(picked),
+            "candidates": [len(one.bend) for one in picked],
         }
         arrays: dict[str, np.ndarray] = {}
         if state.scores:
@@ -124,10 +125,10 @@ def _scores(arrays: dict[str, np.ndarray], header: dict[str, Any]) -> tuple[Scor
     plain = len(counts) - header["picked"]
     if plain == len(counts):
         return tuple(scores)
-    until = np.cumsum(counts[plain:])[:-1]
+    lengths = {"bend": header["candidates"]}
     parts: dict[str, list[np.ndarray]] = {
         field.name: np.split(
-            arrays[f"picked.{field.name}"], until * (CANDIDATES if field.name == "bend" else 1)
+            arrays[f"picked.{field.name}"], np.cumsum(lengths.get(field.name, counts[plain:]))[:-1]
         )
         for field in fields(Choice)
     }

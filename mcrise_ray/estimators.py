@@ -30,7 +30,7 @@ def scores_of(scored: Scored) -> Float64[np.ndarray, "N L"]:
 def masks_of(spec: ExplainSpec, unit: Unit, scored: Scored) -> Masks:
     """The masks that were scored."""
     if isinstance(scored, Picked):
-        return candidates(spec, unit)[scored.picked]
+        return candidates(spec, unit, len(scored.bend) // len(unit))[scored.picked]
     return mask_source.draw(spec, unit.start, unit.stop)
 
 
@@ -118,20 +118,20 @@ def picked_unit(
 
     Each candidate adds `g - l`, and each mask picked `(f - g) / odds` besides.
     """
-    masks = candidates(spec, unit)
+    masks = candidates(spec, unit, guide.candidates)
     targets = len(guide.means)
     sums = UnitSums(spec, targets, size)
-    weight = guide.weight / CANDIDATES
+    weight = guide.weight / guide.candidates
     for start in range(0, len(masks), CHUNK):
         part = slice(start, start + CHUNK)
         sums.accumulate(masks[part], weight * picked.bend[part])
     own, left = masks[picked.picked], (picked.scores[:, :targets] - picked.best) / picked.odds[:, None]
     sums.accumulate(own, weight * left)
     sums.square(own, weight * (picked.bend[picked.picked] + left))
-    # One in seven of those that were not picked is sample enough. Were it one in eight of all, picks with
-    # equal odds would keep in step with it.
+    # As many as were picked, of those that were not, are sample enough. Were it one in eight of all, picks
+    # with equal odds would keep in step with it.
     others = np.delete(np.arange(len(masks)), picked.picked)
-    some = others[:: CANDIDATES - 1]
+    some = others[:: guide.candidates - 1]
     sums.square(masks[some], weight * (len(others) / len(some)) ** 0.5 * picked.bend[some])
     return sums.partial(
         len(unit),

@@ -1,14 +1,15 @@
 """Which masks are worth asking the model about: importance sampling by what the masks scored so far tell.
 
 Scores of rare events are close to zero for most masks, and linear predictions explain little of them; but
-their logits can be predicted well enough to say of any mask how uncertain its score is. A `Guide` looks at
-`CANDIDATES` masks for each one that is scored, and picks masks with odds in proportion to that uncertainty.
+their logits can be predicted well enough to say of any mask how uncertain its score is. A `Guide` looks at 8
+or more masks for each one that is scored, and picks masks with odds in proportion to that uncertainty.
 With `g` the predicted score and `l` linear in the coverages,
 
     S = E[eq9[l]] + mean of eq9[g - l] + mean of eq9[(f - g) / odds where picked, else 0]
 
 with means over candidates, which is unbiased whatever was predicted: the first term has a closed form, the
-second needs no model, and the third is a Horvitz-Thompson sum. Masks that a guide has learnt from are never
+second needs no model, and the third is a Horvitz-Thompson sum. Where little is left of the third, the second
+has most of the noise, and more candidates. Masks that a guide has learnt from are never
 candidates of it; the first masks, which nobody picked, are predicted by guides that learnt from other folds.
 
 Where classes exclude each other, a target's logit is also predicted from the logarithms of its own
@@ -35,7 +36,10 @@ from mcrise_ray.regression import Basis, logistic, ridge
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import FOLDS, Features, patches
 
-CANDIDATES = 8  # for each mask that is picked
+CANDIDATES = 8  # at least, for each mask that is picked
+_MOST_CANDIDATES = 32
+# A model takes about so many times as long for a mask as a guide does for a candidate, or longer.
+_CANDIDATES_IN_TIME = 100
 
 _FIRST_CANDIDATE = 1 << 59  # the index of the first candidate, beyond every mask that can be asked for
 _FIRST_FRESH = 3 << 58  # the same of the masks that the linear part is fitted on
@@ -79,6 +83,7 @@ class Guide:
         means: `(L,)`, the constant of `l`.
         slopes: `(L, D)`, its slopes.
         variance: `(L,)`, mean variance of a score around its prediction.
+        candidates: for each mask that is picked.
     """
 
     learnt: Masks
@@ -95,6 +100,7 @@ class Guide:
     means: Float64[np.ndarray, " L"]
     slopes: Float64[np.ndarray, "L D"]
     variance: Float64[np.ndarray, " L"]
+    candidates: int
 
     @property
     def weight(self) -> float:
@@ -129,9 +135,10 @@ class Picked(Choice):
     scores: Float64[np.ndarray, "N L+R"]
 
 
-def candidates(spec: ExplainSpec, unit: Unit) -> Masks:
-    """The masks among which those of a unit are picked; no mask is a candidate of two units."""
-    return draw(spec, _FIRST_CANDIDATE + CANDIDATES * unit.start, _FIRST_CANDIDATE + CANDIDATES * unit.stop)
+def candidates(spec: ExplainSpec, unit: Unit, each: int) -> Masks:
+    """The masks among which those of a unit are picked, so many for each; no two units have one in common."""
+    first = _FIRST_CANDIDATE + _MOST_CANDIDATES * unit.start
+    return draw(spec, first, first + each * len(unit))
 
 
 def choose(
@@ -145,11 +152,11 @@ def choose(
 
     Every candidate is picked with its own odds exactly, by systematic sampling.
     """
-    masks = candidates(spec, unit)
+    masks = candidates(spec, unit, guide.candidates)
     best, doubt, line = predict(spec, size, guide, masks, device)
     odds = _odds((doubt / np.maximum(guide.variance, 1e-300)).sum(axis=1) ** 0.5, len(unit))
     until = np.cumsum(odds)
-    ticks = uniform(spec, _FIRST_CANDIDATE + CANDIDATES * unit.start) + np.arange(len(unit))
+    ticks = uniform(spec, _FIRST_CANDIDATE + _MOST_CANDIDATES * unit.start) + np.arange(len(unit))
     picked = np.minimum(np.searchsorted(until, ticks, side="right"), len(masks) - 1)
     return Choice(picked, odds[picked], best[picked], best - line), masks[picked]
 
@@ -236,21 +243,9 @@ def learn(
         if not (mine / np.maximum(theirs, 1e-300)).mean() < _WORTH:
             return None
     line = ridge(basis, fresh, best, np.ones(len(fresh), dtype=bool))
-    return Guide(
-        masks,
-        grid,
-        scale,
-        *relevant,
-        weights,
-        constants,
-        lines,
-        mix,
-        rivals,
-        spread,
-        line.means,
-        line.slopes,
-        variance,
-    )
+    bend = best - line.means - fresh @ line.slopes.T
+    found = masks, grid, scale, *relevant, weights, constants, lines, mix, rivals, spread
+    return Guide(*found, line.means, line.slopes, variance, _candidates(bend, doubt))
 
 
 def learn_by_fold(
@@ -370,6 +365,17 @@ def _moments(
     shares = logistic(logits[..., None] + spread[:, None] * _NODES)
     mean: np.ndarray = shares @ _NODE_WEIGHTS
     return mean, np.maximum((shares**2) @ _NODE_WEIGHTS - mean**2, 0)
+
+
+def _candidates(bend: Float64[np.ndarray, "N L"], doubt: Float64[np.ndarray, "N L"]) -> int:
+    """A power of two, near the number for which noise and time have the least product.
+
+    Noise is that of picks, as their odds will be, and of `g - l` of so many candidates.
+    """
+    left = (doubt**0.5).mean(axis=0) ** 2
+    share = ((bend**2).mean(axis=0) / np.maximum(left, 1e-300)).mean()
+    wanted = np.clip((share * _CANDIDATES_IN_TIME) ** 0.5, CANDIDATES, _MOST_CANDIDATES)
+    return int(2 ** round(float(np.log2(wanted))))
 
 
 def _odds(doubt: Float64[np.ndarray, " C"], count: int) -> Float64[np.ndarray, " C"]:

@@ -176,8 +176,8 @@ def test_sums_of_a_unit_are_those_of_its_masks_one_by_one(method: str, colors: s
     scores = rare(spec, SMALL)(masks)
     found = picked_unit(spec, SMALL, one, Picked(**vars(choice), scores=scores), guide).finalize(spec)
 
-    everyone = candidates(spec, one)
-    assert len(everyone) == CANDIDATES * 64
+    everyone = candidates(spec, one, guide.candidates)
+    assert len(everyone) == guide.candidates * 64
     best, _, line = predict(spec, SMALL, guide, everyone)
     gaps = np.zeros(len(everyone))
     gaps[choice.picked] = (scores[:, 0] - best[choice.picked, 0]) / choice.odds
@@ -257,18 +257,34 @@ def test_squares_are_those_of_all_candidates_when_every_eighth_is_picked(
 ) -> None:
     """Equal odds: the picks are as regular as any sample of the candidates would be."""
     spec = spec_of("rise", "black")
-    guide, one = a_guide(spec, SMALL), Unit(0, 0, 256)
+    guide = a_guide(spec, SMALL)
     monkeypatch.setattr(guides, "_odds", lambda doubt, count: np.full(len(doubt), count / len(doubt)))
     monkeypatch.setattr(guides, "uniform", lambda *_: tick)
-    choice, _ = choose(spec, SMALL, guide, one)
-    assert set(np.diff(choice.picked)) == {CANDIDATES}
-    choice.bend[:] = 1.0  # squares of all candidates alike
-    one_each = Picked(**vars(choice), scores=choice.best.copy())
-    found = picked_unit(spec, SMALL, one, one_each, guide).squares.mean()
-    sums = UnitSums(spec, 1, SMALL)
-    everyone = candidates(spec, one)
-    sums.square(everyone, np.full((len(everyone), 1), guide.weight / CANDIDATES))
-    assert found == pytest.approx(sums.partial(1).squares.mean(), rel=0.05)
+    found, sums = 0.0, UnitSums(spec, 1, SMALL)
+    for index in range(8):
+        one = Unit(index, 256 * index, 256 * index + 256)
+        choice, _ = choose(spec, SMALL, guide, one)
+        assert set(np.diff(choice.picked)) == {guide.candidates}
+        choice.bend[:] = 1.0  # squares of all candidates alike
+        one_each = Picked(**vars(choice), scores=choice.best.copy())
+        found += picked_unit(spec, SMALL, one, one_each, guide).squares.mean()
+        everyone = candidates(spec, one, guide.candidates)
+        sums.square(everyone, np.full((len(everyone), 1), guide.weight / guide.candidates))
+    assert found == pytest.approx(sums.partial(1).squares.mean(), rel=0.04)
+
+
+def test_candidates_are_more_where_picks_leave_little() -> None:
+    """Noise is `left + bend / candidates`, at a cost of 100 candidates and those for each mask."""
+    rng = np.random.default_rng(0)
+    bend = rng.normal(size=(4000, 1))
+    for left, wanted in ((4.0, 8), (1.0, 8), (0.25, 16), (0.06, 32), (0.0, 32)):
+        assert guides._candidates(bend, np.full((4000, 1), left)) == wanted
+        if left == 0.25:
+            cost = {count: (left + 1 / count) * (100 + count) for count in (8, 16, 32)}
+            assert min(cost, key=lambda count: cost[count]) == wanted
+    both = np.concatenate([bend, bend], axis=1)
+    assert guides._candidates(both, np.array([[4.0, 0.25]] * 4000)) == 16
+    assert guides._candidates(0 * bend, np.zeros((4000, 1))) == 8
 
 
 @given(
@@ -288,7 +304,7 @@ def test_each_candidate_is_picked_with_its_odds() -> None:
     """Over seeds of the tick alone: the candidates and what is thought of them stay the same."""
     spec = spec_of("mc-rise", "red,blue")
     guide, one = a_guide(spec, SMALL), Unit(0, 0, 16)
-    counts, odds = np.zeros(16 * CANDIDATES), np.full(16 * CANDIDATES, np.nan)
+    counts, odds = np.zeros(16 * guide.candidates), np.full(16 * guide.candidates, np.nan)
     with pytest.MonkeyPatch.context() as patch:
         for tick in (np.arange(1000) + 0.5) / 1000:
             patch.setattr(guides, "uniform", lambda *_, tick=tick: tick)
