@@ -570,18 +570,18 @@ def test_a_unit_that_is_picked_is_summed_alike_at_once_and_later() -> None:
 
 
 @pytest.mark.usefixtures("short_opening")
-def test_an_image_goes_on_from_what_is_kept_to_the_bit(tmp_path: Path) -> None:
-    """Saved after every step, and read back: scores of picked masks, and the guide."""
+def test_an_image_goes_on_from_what_is_kept_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved after every step, and read back: scores of masks picked from few or many, and the guide."""
+    monkeypatch.setattr(guides, "_candidates", lambda bend, _: 8 << int(1e9 * np.abs(bend).sum()) % 3)
     spec = spec_of("mc-rise", "red,blue", masks=1024)
     targets = (Target(0, "one", "truth", 0.25),)
     inspection = Inspection(targets, SMALL, 0.5, (9, 9))
     straight = mr.explain(steep, IMAGE, 0, spec)
     subject, score = Subject(steep, IMAGE, spec), straight.score
-    steps, there, stages_seen = (
-        Reduction(spec, (0,), score, SMALL),
-        Checkpoints(Store(str(tmp_path))),
-        set(),
-    )
+    steps, there = Reduction(spec, (0,), score, SMALL), Checkpoints(Store(str(tmp_path)))
+    stages_seen, candidates_seen = set(), set()
     while (work := steps.next_work()) is not None:
         steps.take(*next(perform(subject, [work], (0,), 64)))
         if steps.explanation is not None:
@@ -591,7 +591,10 @@ def test_an_image_goes_on_from_what_is_kept_to_the_bit(tmp_path: Path) -> None:
         assert found is not None
         steps = Reduction(spec, (0,), score, SMALL, found.state)
         stages_seen.add((found.state.stage, found.state.guide is None))
+        if found.state.guide is not None:
+            candidates_seen.add(found.state.guide.candidates)
     assert stages_seen == {(0, True), (1, False), (2, False), (3, False)}
+    assert len(candidates_seen) > 1
     assert steps.explanation is not None
     np.testing.assert_array_equal(steps.explanation.maps, straight.maps)
     np.testing.assert_array_equal(steps.explanation.standard_error, straight.standard_error)
