@@ -144,17 +144,18 @@ def relevance(
     Few masks tell these two better than they tell what each fill does in each patch.
     """
     features, truth = features[-_LOOKED_AT:], truth[-_LOOKED_AT:]
+    around = torch.from_numpy(truth - truth.mean(axis=0)).to(device)
     windows = Windows.of(features, shape, scale, device=device)
-    _, weights, lines, _, _ = kernel_ridge(windows.alike(features), features, truth, _JUDGES)
-    along = windows.slopes(features, weights).cpu().double().numpy() + lines.T.reshape(-1, 1, *shape)
+    alike = windows.alike(features)
+    without, strengths = _ridges(alike, around)
+    weights = torch.cholesky_solve(around, _factor(alike, strengths))
+    along = windows.slopes(features, weights.cpu().numpy()).cpu().double().numpy()
     along /= np.maximum((along**2).mean(axis=(1, 2, 3, 4), keepdims=True), 1e-300) ** 0.5
     by_patch = (along**2).mean(axis=(0, 1, 3))
     fills = np.moveaxis(along, 3, 4).reshape(-1, shape[1])
     found = by_patch, fills.T @ fills / len(fills)
-    # Slopes of a fit that has learnt nothing are largest where most windows overlap.
-    around = torch.from_numpy(truth - truth.mean(axis=0)).to(device)
-    relevant = Windows.of(features, shape, scale, found, device)
-    with_it, without = (_ridges(one.alike(features), around)[0] for one in (relevant, windows))
+    # Slopes tell features apart by chance too, and are largest where most windows overlap.
+    with_it, _ = _ridges(Windows.of(features, shape, scale, found, device).alike(features), around)
     return found if with_it < without else (np.ones_like(by_patch), np.eye(shape[1]))
 
 
