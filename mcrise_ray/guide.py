@@ -38,8 +38,8 @@ from mcrise_ray.variates import FOLDS, Features, patches
 
 CANDIDATES = 8  # at least, for each mask that is picked
 _MOST_CANDIDATES = 32
-# A model takes about so many times as long for a mask as a guide does for a candidate, or longer.
-_CANDIDATES_IN_TIME = 100
+# A model takes about so many times as long for a mask as all takes that a candidate needs, or longer.
+_CANDIDATES_IN_TIME = 40
 
 _FIRST_CANDIDATE = 1 << 59  # the index of the first candidate, beyond every mask that can be asked for
 _FIRST_FRESH = 3 << 58  # the same of the masks that the linear part is fitted on
@@ -235,17 +235,17 @@ def learn(
     unknown = constants + windows.similar(fresh, weights) + fresh @ lines
     best, doubt = _moments(_mixed(mix, unknown), spread)
     variance = doubt.mean(axis=0)
+    missed = scores[judges, :targets] - _moments(_mixed(mix, unseen), spread)[0]
+    gain = (doubt**0.5).mean(axis=0) ** 2 / np.maximum(variance, 1e-300)
+    mine = (missed**2).mean(axis=0) * gain
     if left is not None:
-        gain = (doubt**0.5).mean(axis=0) ** 2 / np.maximum(variance, 1e-300)
-        known_scores = scores[judges, :targets]
-        mine = ((known_scores - _moments(_mixed(mix, unseen), spread)[0]) ** 2).mean(axis=0) * gain
         theirs = (left[-MOST_LEARNT:][judges] ** 2).mean(axis=0)
         if not (mine / np.maximum(theirs, 1e-300)).mean() < _WORTH:
             return None
     line = ridge(basis, fresh, best, np.ones(len(fresh), dtype=bool))
     bend = best - line.means - fresh @ line.slopes.T
     found = masks, grid, scale, *relevant, weights, constants, lines, mix, rivals, spread
-    return Guide(*found, line.means, line.slopes, variance, _candidates(bend, doubt))
+    return Guide(*found, line.means, line.slopes, variance, _candidates(bend, mine))
 
 
 def learn_by_fold(
@@ -367,12 +367,11 @@ def _moments(
     return mean, np.maximum((shares**2) @ _NODE_WEIGHTS - mean**2, 0)
 
 
-def _candidates(bend: Float64[np.ndarray, "N L"], doubt: Float64[np.ndarray, "N L"]) -> int:
+def _candidates(bend: Float64[np.ndarray, "N L"], left: Float64[np.ndarray, " L"]) -> int:
     """A power of two, near the number for which noise and time have the least product.
 
-    Noise is that of picks, as their odds will be, and of `g - l` of so many candidates.
+    Noise is that of picks, of which so much variance is left, and of `g - l` of so many candidates.
     """
-    left = (doubt**0.5).mean(axis=0) ** 2
     share = ((bend**2).mean(axis=0) / np.maximum(left, 1e-300)).mean()
     wanted = np.clip((share * _CANDIDATES_IN_TIME) ** 0.5, CANDIDATES, _MOST_CANDIDATES)
     return int(2 ** round(float(np.log2(wanted))))

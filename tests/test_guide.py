@@ -274,17 +274,16 @@ def test_squares_are_those_of_all_candidates_when_every_eighth_is_picked(
 
 
 def test_candidates_are_more_where_picks_leave_little() -> None:
-    """Noise is `left + bend / candidates`, at a cost of 100 candidates and those for each mask."""
-    rng = np.random.default_rng(0)
-    bend = rng.normal(size=(4000, 1))
-    for left, wanted in ((4.0, 8), (1.0, 8), (0.25, 16), (0.06, 32), (0.0, 32)):
-        assert guides._candidates(bend, np.full((4000, 1), left)) == wanted
-        if left == 0.25:
-            cost = {count: (left + 1 / count) * (100 + count) for count in (8, 16, 32)}
-            assert min(cost, key=lambda count: cost[count]) == wanted
+    """Noise is `left + bend / candidates`, in the time of 40 candidates and those for each mask."""
+    bend = np.random.default_rng(0).normal(size=(4000, 1))
+    bend /= (bend**2).mean() ** 0.5
+    for left, wanted in ((4.0, 8), (0.6, 8), (0.15, 16), (0.03, 32), (0.0, 32)):
+        assert guides._candidates(bend, np.array([left])) == wanted
+        cost = {count: (left + 1 / count) * (40 + count) for count in (8, 16, 32)}
+        assert min(cost, key=lambda count: cost[count]) == wanted
     both = np.concatenate([bend, bend], axis=1)
-    assert guides._candidates(both, np.array([[4.0, 0.25]] * 4000)) == 16
-    assert guides._candidates(0 * bend, np.zeros((4000, 1))) == 8
+    assert guides._candidates(both, np.array([4.0, 0.1])) == 16
+    assert guides._candidates(0 * bend, np.zeros(1)) == 8
 
 
 @given(
