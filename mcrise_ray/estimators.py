@@ -128,8 +128,8 @@ def picked_unit(
     own, left = masks[picked.picked], (picked.scores[:, :targets] - picked.best) / picked.odds[:, None]
     sums.accumulate(own, weight * left)
     sums.square(own, weight * (picked.bend[picked.picked] + left))
-    # As many as were picked, of those that were not, are sample enough. Were it one in eight of all, picks
-    # with equal odds would keep in step with it.
+    # As many as were picked, of those that were not, are sample enough. Were they taken from all, picks with
+    # equal odds would keep in step with them.
     others = np.delete(np.arange(len(masks)), picked.picked)
     some = others[:: guide.candidates - 1]
     sums.square(masks[some], weight * (len(others) / len(some)) ** 0.5 * picked.bend[some])

@@ -8,9 +8,9 @@ With `g` the predicted score and `l` linear in the coverages,
     S = E[eq9[l]] + mean of eq9[g - l] + mean of eq9[(f - g) / odds where picked, else 0]
 
 with means over candidates, which is unbiased whatever was predicted: the first term has a closed form, the
-second needs no model, and the third is a Horvitz-Thompson sum. Where little is left of the third, the second
-has most of the noise, and more candidates. Masks that a guide has learnt from are never
-candidates of it; the first masks, which nobody picked, are predicted by guides that learnt from other folds.
+second needs no model, and the third is a Horvitz-Thompson sum. Where the third has little noise, most is that
+of the second, and a guide looks at more candidates. Masks that it has learnt from are never among them; the
+first masks, which nobody picked, are predicted by guides that learnt from other folds.
 
 Where classes exclude each other, a target's logit is also predicted from the logarithms of its own
 probability and of its rivals': these follow from the masks more simply than their difference does.

@@ -252,7 +252,7 @@ def test_predicting_the_opening_by_its_guides_halves_its_noise_where_scores_are_
 
 
 @pytest.mark.parametrize("tick", [0.01, 0.5])
-def test_squares_are_those_of_all_candidates_when_every_eighth_is_picked(
+def test_squares_are_those_of_all_candidates_when_picks_are_regular(
     monkeypatch: pytest.MonkeyPatch, tick: float
 ) -> None:
     """Equal odds: the picks are as regular as any sample of the candidates would be."""
