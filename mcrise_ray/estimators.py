@@ -17,6 +17,7 @@ from mcrise_ray.masks import Masks
 from mcrise_ray.plan import Unit
 from mcrise_ray.saliency import Partial, UnitSums
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.threads import one_blas_thread
 from mcrise_ray.variates import CHUNK, FIRST_FRESH, FOLDS, FRESH_PER_MASK, Features, Fit, fresh
 
 Scored = Float64[np.ndarray, "N L"] | Picked  # what came of asking the model about one unit
@@ -34,6 +35,7 @@ def masks_of(spec: ExplainSpec, unit: Unit, scored: Scored) -> Masks:
     return mask_source.draw(spec, unit.start, unit.stop)
 
 
+@one_blas_thread
 def residual_unit(
     spec: ExplainSpec,
     size: tuple[int, int],
@@ -111,6 +113,7 @@ def _by_patch(
     return by_patch
 
 
+@one_blas_thread
 def picked_unit(
     spec: ExplainSpec, size: tuple[int, int], unit: Unit, picked: Picked, guide: Guide
 ) -> Partial:

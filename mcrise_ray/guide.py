@@ -34,6 +34,7 @@ from mcrise_ray.masks import Masks, draw, uniform
 from mcrise_ray.plan import MOST_LEARNT, Unit
 from mcrise_ray.regression import Basis, logistic, ridge
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.threads import one_blas_thread
 from mcrise_ray.variates import FOLDS, Features, patches
 
 CANDIDATES = 8  # at least, for each mask that is picked
@@ -141,6 +142,7 @@ def candidates(spec: ExplainSpec, unit: Unit, each: int) -> Masks:
     return draw(spec, first, first + each * len(unit))
 
 
+@one_blas_thread
 def choose(
     spec: ExplainSpec,
     size: tuple[int, int],

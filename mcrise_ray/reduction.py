@@ -25,6 +25,7 @@ from mcrise_ray.masks import Masks
 from mcrise_ray.plan import MOST_LEARNT, Unit, enough, looks, pilot_count, stages, unit
 from mcrise_ray.saliency import Partial
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.threads import one_blas_thread
 from mcrise_ray.variates import Features, Fit, fit_scores
 
 # Work with arrays in it is compared by identity: it is handed out once, and again only after a loss.
@@ -331,6 +332,7 @@ class Reduction:
         self._look += work.look
 
 
+@one_blas_thread
 def conclude(spec: ExplainSpec, work: Conclude, device: torch.device | str = "cpu") -> Conclusion:
     """Fit, sum, finalize, learn, see whether it is enough: whatever of it is asked for.
 

@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "memory",
     "timing",
+    "threads",
     "spec",
     "masks",
     "plan",
