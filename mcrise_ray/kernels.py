@@ -86,11 +86,11 @@ class Windows:
         self, features: Float64[np.ndarray, "N D"], weights: Float64[np.ndarray, "S Q"]
     ) -> Float64[np.ndarray, "N Q"]:
         """How alike other masks are to these, each of these times its weight."""
-        # Copied: what Ray hands out is read-only.
-        weight = torch.tensor(weights, device=self.right[0].device, dtype=torch.float32)
+        # Copied: what Ray hands out is read-only. Its rows are together: a product of few columns is slow.
+        weight = torch.tensor(weights.T, device=self.right[0].device, dtype=torch.float32)
         found = np.empty((len(features), weights.shape[1]))
         for part, total in self._totals(features):
-            found[part] = (total @ weight).cpu().numpy()
+            found[part] = (total @ weight.T).cpu().numpy()
         return found
 
     def slopes(
