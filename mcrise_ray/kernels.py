@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -194,13 +195,14 @@ def _seen(
     ]
 
 
-def _places(shape: tuple[int, int, int]) -> list[tuple[slice, slice]]:
+@lru_cache(maxsize=16)
+def _places(shape: tuple[int, int, int]) -> tuple[tuple[slice, slice], ...]:
     """Patch rows and columns of each window."""
     rows, columns = (
         [slice(place, place + span) for place in places]
         for span, places in (_along(shape[0]), _along(shape[2]))
     )
-    return [(y, x) for y in rows for x in columns]
+    return tuple((y, x) for y in rows for x in columns)
 
 
 def _along(count: int) -> tuple[int, list[int]]:
