@@ -2,8 +2,8 @@
 
 Scores of rare events are close to zero for most masks, and linear predictions explain little of them; but
 their logits can be predicted well enough to say of any mask how uncertain its score is. A `Guide` looks at 8
-or more masks for each one that is scored, and picks masks with odds in proportion to that uncertainty.
-With `g` the predicted score and `l` linear in the coverages,
+or more masks for each one that is scored, and picks masks with odds in proportion to that uncertainty, times
+what a mask adds to the maps. With `g` the predicted score and `l` linear in the coverages,
 
     S = E[eq9[l]] + mean of eq9[g - l] + mean of eq9[(f - g) / odds where picked, else 0]
 
@@ -35,7 +35,7 @@ from mcrise_ray.plan import MOST_LEARNT, Unit
 from mcrise_ray.regression import Basis, logistic, ridge
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.threads import one_blas_thread
-from mcrise_ray.variates import FOLDS, Features, patches
+from mcrise_ray.variates import FOLDS, Features, leverage, patches
 
 CANDIDATES = 8  # at least, for each mask that is picked
 _MOST_CANDIDATES = 32
@@ -155,8 +155,8 @@ def choose(
     Every candidate is picked with its own odds exactly, by systematic sampling.
     """
     masks = candidates(spec, unit, guide.candidates)
-    best, doubt, line = predict(spec, size, guide, masks, device)
-    odds = _odds((doubt / np.maximum(guide.variance, 1e-300)).sum(axis=1) ** 0.5, len(unit))
+    best, noise, line = predict(spec, size, guide, masks, device)
+    odds = _odds(noise, len(unit))
     until = np.cumsum(odds)
     ticks = uniform(spec, _FIRST_CANDIDATE + _MOST_CANDIDATES * unit.start) + np.arange(len(unit))
     picked = np.minimum(np.searchsorted(until, ticks, side="right"), len(masks) - 1)
@@ -169,20 +169,25 @@ def predict(
     guide: Guide,
     masks: Masks,
     device: torch.device | str = "cpu",
-) -> tuple[Float64[np.ndarray, "C L"], Float64[np.ndarray, "C L"], Float64[np.ndarray, "C L"]]:
-    """`g` of any masks, the variance of scores around it, and `l`; the device does the better part of it."""
+) -> tuple[Float64[np.ndarray, "C L"], Float64[np.ndarray, " C"], Float64[np.ndarray, "C L"]]:
+    """`g` of any masks, how much noise what it leaves of their scores brings, and `l`; the device does the
+    better part of it.
+    """
     features = Features(spec, size, guide.patches)
     parts = guide.learnt.cells, guide.learnt.shift_words, guide.by_patch, guide.by_fill
     contents = [part.tobytes() for part in parts]
     windows = _windows_of(spec, size, guide.patches, guide.scale, *contents, str(device))
-    best, doubt, line = (np.empty((len(masks), len(guide.means))) for _ in range(3))
+    best, line = (np.empty((len(masks), len(guide.means))) for _ in range(2))
+    noise = np.empty(len(masks))
     for start in range(0, len(masks), _CHUNK):
         part = slice(start, start + _CHUNK)
         found = features(masks[part])
         line[part] = guide.means + found @ guide.slopes.T
         known = guide.constants + windows.similar(found, guide.weights) + found @ guide.lines
-        best[part], doubt[part] = _moments(_mixed(guide.mix, known), guide.spread)
-    return best, doubt, line
+        best[part], doubt = _moments(_mixed(guide.mix, known), guide.spread)
+        doubts = (doubt / np.maximum(guide.variance, 1e-300)).sum(axis=1)
+        noise[part] = doubts**0.5 * leverage(spec, found, guide.patches)
+    return best, noise, line
 
 
 def learn(
@@ -379,11 +384,11 @@ def _candidates(bend: Float64[np.ndarray, "N L"], left: Float64[np.ndarray, " L"
     return int(2 ** round(float(np.log2(wanted))))
 
 
-def _odds(doubt: Float64[np.ndarray, " C"], count: int) -> Float64[np.ndarray, " C"]:
-    """Probabilities that sum to `count`, in proportion to the doubt but for a floor, and at most 1."""
-    mean = doubt.mean()
-    share = (1 - _FLOOR) * doubt / mean + _FLOOR if mean > 0 else np.ones(len(doubt))
-    certain = np.zeros(len(doubt), dtype=bool)
+def _odds(noise: Float64[np.ndarray, " C"], count: int) -> Float64[np.ndarray, " C"]:
+    """Probabilities that sum to `count`, in proportion to the noise but for a floor, and at most 1."""
+    mean = noise.mean()
+    share = (1 - _FLOOR) * noise / mean + _FLOOR if mean > 0 else np.ones(len(noise))
+    certain = np.zeros(len(noise), dtype=bool)
     while True:
         odds = np.where(certain, 1.0, share * (count - certain.sum()) / share[~certain].sum())
         if not (odds > 1).any():

@@ -159,6 +159,20 @@ def expectation(
     return stretched(torch.from_numpy(slopes).to(dtype), ky.to(dtype), kx.to(dtype)).transpose(1, 2)
 
 
+def leverage(
+    spec: ExplainSpec, features: Float64[np.ndarray, "N D"], patches: tuple[int, int]
+) -> Float64[np.ndarray, " N"]:
+    """Root mean square of what each mask adds to the maps for a score of 1 (eq. 9, or 2), patches for pixels.
+
+    Masks with many of the rare cells that are filled add most.
+    """
+    above = features.reshape(len(features), patches[0], spec.K, patches[1])
+    kept = 1 - above.sum(axis=2, keepdims=True) / (1 - spec.p_mask)
+    added = kept if spec.method == "rise" else 1 + above * spec.K / spec.p_mask - kept
+    squares: np.ndarray = (added**2).mean(axis=(1, 2, 3))
+    return squares**0.5
+
+
 @lru_cache(maxsize=16)
 def _overlaps_with_patches(
     grid: tuple[int, int], size: tuple[int, int], patches: tuple[int, int]

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ from mcrise_ray.saliency import UnitSums, method_maps
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
 from mcrise_ray.tasks import Inspection, Saved, Target
-from mcrise_ray.variates import FIRST_FRESH, FOLDS, Features, fit_scores
+from mcrise_ray.variates import FIRST_FRESH, FOLDS, Features, fit_scores, leverage
 
 GOLDEN_TICKS = [0.38900457066483796, 0.9339474069420248]  # of masks 0 and 1 of the default spec
 SMALL = (4, 5)
@@ -299,6 +300,17 @@ def test_odds_sum_to_the_number_wanted(doubt: list[float], count: int) -> None:
     assert odds.min() >= min(1, 0.1 * count / len(doubt)) * 0.999
     order = np.argsort(doubt)
     assert (np.diff(odds[order]) >= -1e-12).all()
+
+
+def test_of_scores_as_uncertain_those_are_picked_that_add_most_to_the_maps() -> None:
+    spec = spec_of("mc-rise", "red,blue", p_mask=0.1, masks=256)
+    guide = a_guide(spec, SMALL)
+    same = replace(guide, weights=np.zeros_like(guide.weights), lines=np.zeros_like(guide.lines))
+    masks = draw(spec, 1000, 1100)
+    _, noise, _ = predict(spec, SMALL, same, masks)
+    added = leverage(spec, Features(spec, SMALL, guide.patches)(masks), guide.patches)
+    assert added.max() > 3 * added.min()
+    np.testing.assert_allclose(noise / noise[0], added / added[0])
 
 
 def test_each_candidate_is_picked_with_its_odds() -> None:

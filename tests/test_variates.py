@@ -18,9 +18,9 @@ from mcrise_ray.explainer import Subject, perform, run_unit
 from mcrise_ray.explanations import explanation
 from mcrise_ray.masks import draw
 from mcrise_ray.reduction import ScoreUnit
-from mcrise_ray.saliency import Partial, lattice, method_weights, weight_moments
+from mcrise_ray.saliency import Partial, UnitSums, lattice, method_weights, weight_moments
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.variates import FOLDS, Features, Fit, expectation, fit_scores, patches
+from mcrise_ray.variates import FOLDS, Features, Fit, expectation, fit_scores, leverage, patches
 
 SMALL = (4, 5)
 IMAGE = np.random.default_rng(2).integers(0, 256, (*SMALL, 3), dtype=np.uint8)
@@ -321,3 +321,16 @@ def test_weights_of_a_mask_are_those_of_its_map() -> None:
         result = mr.explain(lambda images: np.ones((len(images), 1)), IMAGE, 0, spec)
         sign = -1 if method == "debiased-rise" else 1
         np.testing.assert_allclose(sign * weights, result.maps[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "colors"), METHODS)
+def test_leverage_is_what_one_mask_adds_to_the_maps(method: str, colors: str) -> None:
+    spec, size = ExplainSpec(method=method, colors=colors, grid=(2, 3), p_mask=0.3), (4, 5)
+    masks = draw(spec, 0, 20)
+    alone = []
+    for n in range(len(masks)):
+        sums = UnitSums(spec, 1, size)
+        sums.accumulate(masks[n : n + 1], np.ones((1, 1)))
+        alone.append((sums.partial(1).finalize(spec).maps ** 2).mean() ** 0.5)
+    found = leverage(spec, Features(spec, size, size)(masks), size)  # a patch for each pixel
+    np.testing.assert_allclose(found, alone, rtol=1e-6)
