@@ -106,16 +106,13 @@ def test_stages(settings: dict[str, float], targets: int, ends: list[int]) -> No
 
 
 @pytest.mark.parametrize(
-    ("method", "colors", "p_mask", "seeds", "most"),
-    # Pixels of RISE are off by one level that they share, so there is one z, whose square exceeds 2.5 in one
-    # of nine cases without bias, and 6.6 in one of a hundred; more seeds show smaller biases all the same.
-    [
-        ("mc-rise", "red,blue", 0.5, 200, 2.5),
-        pytest.param("rise", "black", 0.3, 1000, 6.6, marks=pytest.mark.slow),
-    ],
+    ("method", "colors", "p_mask", "seeds"),
+    # Pixels of RISE are off by one level that they share, so there is one z, and chance moves it far: with
+    # more seeds a bias is told from it.
+    [("mc-rise", "red,blue", 0.5, 200), pytest.param("rise", "black", 0.3, 1000, marks=pytest.mark.slow)],
 )
 def test_unbiased_over_many_seeds_and_says_how_far_off(
-    monkeypatch: pytest.MonkeyPatch, method: str, colors: str, p_mask: float, seeds: int, most: float
+    monkeypatch: pytest.MonkeyPatch, method: str, colors: str, p_mask: float, seeds: int
 ) -> None:
     monkeypatch.setattr(plan, "_OPENING", 64)  # then stages of 64, 64 and 128 masks, which take little time
     base = spec_of(method, colors, p_mask=p_mask, masks=256)
@@ -125,7 +122,7 @@ def test_unbiased_over_many_seeds_and_says_how_far_off(
     for name in ("maps", "raw", "baseline"):
         values = np.array([getattr(result, name)[0] for result in results], dtype=np.float64)
         z = (values.mean(axis=0) - getattr(exact, name)[0]) / values.std(axis=0, ddof=1) * np.sqrt(seeds)
-        assert (z**2).mean() < most
+        assert (z**2).mean() < 2.5
         assert np.abs(z).max() < 4.5
     off = np.array([result.maps[0] - exact.maps[0] for result in results])
     told = np.array([result.standard_error[0] for result in results])
