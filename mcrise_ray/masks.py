@@ -164,6 +164,15 @@ def one_per_fill(fills: int) -> Float64[Tensor, "states K"]:
     return torch.eye(fills + 1, dtype=torch.float64)[:, 1:].contiguous()
 
 
+def method_weights(spec: ExplainSpec) -> Float64[Tensor, "states M"]:
+    """What a cell in each state (0 kept, then the fills) multiplies the score with in a map; what a mask does
+    is upsampled from it.
+    """
+    kept = torch.zeros(spec.K + 1, 1, dtype=torch.float64)
+    kept[0] = 1 / (1 - spec.p_mask)
+    return kept if spec.method == "rise" else one_per_fill(spec.K) * (spec.K / spec.p_mask) - kept
+
+
 def coverage(
     spec: ExplainSpec, size: tuple[int, int], indices: Sequence[int] | np.ndarray
 ) -> Float64[np.ndarray, "N K H W"]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mcrise_ray.masks import (
     Masks,
     cell_size,
-    one_per_fill,
+    method_weights,
     overlap_kernels,
     sampled,
     stretched,
@@ -318,15 +318,6 @@ def _lattice_to_pixels(
     )
     at_points = torch.from_numpy(weight[np.ix_(*points)])
     return at_points[:, None], torch.from_numpy(weight).float()[:, None], rows, columns
-
-
-def method_weights(spec: ExplainSpec) -> Float64[Tensor, "states M"]:
-    """What a cell in each state (0 kept, then the fills) multiplies the score with in a map; what a mask does
-    is upsampled from it.
-    """
-    kept = torch.zeros(spec.K + 1, 1, dtype=torch.float64)
-    kept[0] = 1 / (1 - spec.p_mask)
-    return kept if spec.method == "rise" else one_per_fill(spec.K) * (spec.K / spec.p_mask) - kept
 
 
 def weight_moments(spec: ExplainSpec, size: tuple[int, int]) -> Float64[np.ndarray, "H W"]:

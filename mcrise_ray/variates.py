@@ -21,7 +21,16 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from mcrise_ray.masks import Masks, draw, one_per_fill, overlap_kernels, sampled, stretched, upsampling_tables
+from mcrise_ray.masks import (
+    Masks,
+    draw,
+    method_weights,
+    one_per_fill,
+    overlap_kernels,
+    sampled,
+    stretched,
+    upsampling_tables,
+)
 from mcrise_ray.regression import Basis, curve, logistic, ridge
 from mcrise_ray.spec import ExplainSpec
 
@@ -166,9 +175,9 @@ def leverage(
 
     Masks with many of the rare cells that are filled add most.
     """
-    above = features.reshape(len(features), patches[0], spec.K, patches[1])
-    kept = 1 - above.sum(axis=2, keepdims=True) / (1 - spec.p_mask)
-    added = kept if spec.method == "rise" else 1 + above * spec.K / spec.p_mask - kept
+    covered = features.reshape(len(features), patches[0], spec.K, patches[1]) + spec.p_mask / spec.K
+    shares = np.concatenate([1 - covered.sum(axis=2, keepdims=True), covered], axis=2)
+    added = np.tensordot(shares, method_weights(spec).numpy(), axes=(2, 0))
     squares: np.ndarray = (added**2).mean(axis=(1, 2, 3))
     return squares**0.5
 

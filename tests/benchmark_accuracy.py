@@ -9,7 +9,11 @@ variance of equation 9 has a closed form in second moments, which are taken from
 (see `to_the_letter`); that of the control variates is told by their standard errors.
 
 `distance` tells whether they agree on the map: mean over pixels of the squared difference of equation 9's
-map from the mean of the others, over its expectation, so about 1 where nothing is biased. Needs ../shared.
+map from the mean of the others, over its expectation, so about 1 where nothing is biased.
+
+`--truth 200000` says it of the truth instead, which is the mean of the control variates' maps of as many
+masks that nobody picked, N at a time: the default's variance is its squared distance from there, less what
+the truth itself is off, and that of equation 9 is over those runs. Needs ../shared.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +52,8 @@ SOURCES = {
     "gtsrb": (GTSRB, f"torchvision:GTSRB?root={SHARED}/data/gtsrb&split=test"),
     "imagenet": (IMAGENET, f"imagefolder:{SHARED}/data/imagenet"),
 }
+_TRUTH_SEED = 100_000
+"""Of the first run that tells the truth: no seed whose error is asked for."""
 
 
 def scored(subject: Subject, target: int, batch_size: int) -> np.ndarray:
@@ -88,6 +95,29 @@ def explained(
     return reduction.explanation, seen
 
 
+class Truth(NamedTuple):
+    """The map `(C, H, W)` of many runs of N masks, and variances, mean over pixels."""
+
+    maps: np.ndarray
+    variance: float
+    by_paper: float
+    """Of equation 9, one run of N masks."""
+
+
+def truth_of(
+    score: Callable[[ExplainSpec], np.ndarray], spec: ExplainSpec, size: tuple[int, int], runs: int
+) -> Truth:
+    """What the runs agree on: each has masks of its own, and a guide has a part in none."""
+    by_paper, by_variates = [], []
+    for run in range(runs):
+        plain = spec.model_copy(update={"estimator": "paper", "seed": _TRUTH_SEED + run})
+        scores = score(plain)
+        by_paper.append(summed(plain, size, scores, None).maps[0].astype(float))
+        by_variates.append(summed(spec, size, scores, fit_scores(spec, size, scores)).maps[0].astype(float))
+    variance = float(np.var(by_variates, axis=0, ddof=1).mean()) / runs
+    return Truth(np.mean(by_variates, axis=0), variance, float(np.var(by_paper, axis=0, ddof=1).mean()))
+
+
 def to_the_letter(
     spec: ExplainSpec,
     size: tuple[int, int],
@@ -116,8 +146,9 @@ def compare(
     spec: ExplainSpec,
     size: tuple[int, int],
     seeds: int,
+    runs: int = 0,
 ) -> dict[str, float]:
-    """Variances over the default's, and what there is to say of the truth."""
+    """Variances over the default's, of the truth where runs tell it."""
     found, seen = [], []
     for seed in range(seeds):
         seeded = spec.model_copy(update={"seed": seed})
@@ -125,15 +156,19 @@ def compare(
         found.append(default)
         seen += [(seeded, *one) for one in scored]
     maps = np.stack([one.maps[0].astype(float) for one in found])
-    truth = maps.mean(axis=0)
     told = float(np.mean([one.standard_error[0].astype(float) ** 2 for one in found]))
-    variance = float(np.var(maps, axis=0, ddof=1).mean()) if seeds > 1 else told
 
     plain = spec.model_copy(update={"estimator": "paper"})
     known = score(plain)
     by_paper = summed(plain, size, known, None)
     by_variates = summed(spec, size, known, fit_scores(spec, size, known))
-    paper = to_the_letter(spec, size, known, seen, truth)
+    if runs:
+        truth, unsure, paper = truth_of(score, spec, size, runs)
+        variance = float(((maps - truth) ** 2).mean()) - unsure
+    else:
+        truth = maps.mean(axis=0)
+        variance = float(np.var(maps, axis=0, ddof=1).mean()) if seeds > 1 else told
+        paper, unsure = to_the_letter(spec, size, known, seen, truth), variance / seeds
     scale = float((truth**2).mean()) ** 0.5
     apart = float(((by_paper.maps[0] - truth) ** 2).mean())
     return {
@@ -142,7 +177,7 @@ def compare(
         "error": variance**0.5 / scale,
         "paper_error": paper**0.5 / scale,
         "claimed": told**0.5 / scale,
-        "distance": apart / (paper + variance / seeds),
+        "distance": apart / (paper + unsure),
     }
 
 
@@ -153,6 +188,7 @@ def main() -> None:
     parser.add_argument("--masks", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--truth", type=int, default=0, help="masks that tell the true map")
     parser.add_argument("--scores", type=Path, help="folder that keeps the scores for the next time")
     asked = parser.parse_args()
     model_spec, source = SOURCES[asked.source]
@@ -172,7 +208,8 @@ def main() -> None:
         kept = asked.scores and asked.scores / ref.image_id.replace("/", "_")
         score = partial(scored_once, settled, prepared, target, kept)
         explain = partial(explained, settled, prepared, target)
-        found = compare(score, explain, spec, prepared.shape[:2], asked.seeds)
+        runs = asked.truth // asked.masks
+        found = compare(score, explain, spec, prepared.shape[:2], asked.seeds, runs)
         ratios.append((found["paper"], found["control-variate"]))
         print(
             f"{ref.image_id:>24} class {target:4} score {everything[target]:.3f}: paper / default "
@@ -181,10 +218,11 @@ def main() -> None:
             f"{found['claimed']:.3f}); distance {found['distance']:.2f}",
             flush=True,
         )
-    print(f"p_mask {asked.p_mask}, N = {asked.masks}, {asked.seeds} seeds, {len(refs)} images: variance of")
+    told = f"the truth of {asked.truth} masks" if asked.truth else "no truth"
+    print(f"p_mask {asked.p_mask}, N = {asked.masks}, {asked.seeds} seeds, {len(refs)} images, {told}:")
     for name, column in zip(("paper", "control-variate"), np.array(ratios).T, strict=True):
         mean, worst = np.exp(np.log(column).mean()), column.min()
-        print(f"  {name} over default: geometric mean {mean:.2f}, worst {worst:.3f}")
+        print(f"  variance of {name} over default: geometric mean {mean:.2f}, worst {worst:.3f}")
 
 
 if __name__ == "__main__":

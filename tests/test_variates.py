@@ -16,9 +16,9 @@ from mcrise_ray import plan
 from mcrise_ray.estimators import residual_unit
 from mcrise_ray.explainer import Subject, perform, run_unit
 from mcrise_ray.explanations import explanation
-from mcrise_ray.masks import draw
+from mcrise_ray.masks import draw, method_weights
 from mcrise_ray.reduction import ScoreUnit
-from mcrise_ray.saliency import Partial, UnitSums, lattice, method_weights, weight_moments
+from mcrise_ray.saliency import Partial, UnitSums, lattice, weight_moments
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import FOLDS, Features, Fit, expectation, fit_scores, leverage, patches
 
