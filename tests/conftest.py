@@ -22,6 +22,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
+def shapes_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is done over hundreds of seeds: it takes twice as long where shapes are checked."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 

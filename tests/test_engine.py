@@ -362,6 +362,7 @@ def simulate(actors: int, images: int, masks: int, seconds: float) -> tuple[Simu
     return simulation, took / (images * unit_count(spec))
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_a_hundred_actors_are_kept_busy() -> None:
     simulation, _ = simulate(100, 1500, 8000, 1.0)
     assert simulation.busy / (100 * simulation.clock) > 0.94  # start and end of a short job are in it

@@ -105,6 +105,7 @@ def test_stages(settings: dict[str, float], targets: int, ends: list[int]) -> No
         assert found[-1] == unit_count(spec)
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize(
     ("method", "colors", "p_mask", "seeds"),
     # Pixels of RISE are off by one level that they share, so there is one z, and chance moves it far: with
@@ -129,7 +130,7 @@ def test_unbiased_over_many_seeds_and_says_how_far_off(
     assert 0.75 < (off**2).mean() / (told**2).mean() < 1.3
 
 
-@pytest.mark.usefixtures("short_opening")
+@pytest.mark.usefixtures("shapes_unchecked", "short_opening")
 @pytest.mark.parametrize(("p_mask", "seeds"), [pytest.param(0.1, 240, marks=pytest.mark.slow), (0.5, 36)])
 def test_intervals_cover_the_exact_map(monkeypatch: pytest.MonkeyPatch, p_mask: float, seeds: int) -> None:
     """95 % intervals at N = 2000, of which a guide may learn from 512."""
@@ -145,7 +146,7 @@ def test_intervals_cover_the_exact_map(monkeypatch: pytest.MonkeyPatch, p_mask: 
     assert 0.93 < np.mean(covered) < 0.97
 
 
-@pytest.mark.usefixtures("short_opening")
+@pytest.mark.usefixtures("shapes_unchecked", "short_opening")
 def test_intervals_cover_the_exact_map_after_stopping(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (plan, guides, reduction):
         monkeypatch.setattr(module, "MOST_LEARNT", 512)
@@ -315,6 +316,7 @@ def test_of_scores_as_uncertain_those_are_picked_that_add_most_to_the_maps() -> 
     np.testing.assert_allclose(noise / noise[0], added / added[0])
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_each_candidate_is_picked_with_its_odds() -> None:
     """Over seeds of the tick alone: the candidates and what is thought of them stay the same."""
     spec = spec_of("mc-rise", "red,blue")
@@ -347,6 +349,7 @@ NOISES = {
 }
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("noise", list(NOISES))
 def test_picking_never_costs_more_than_three_in_a_hundred(noise: str) -> None:
     """Scores that have nothing to do with the masks, for which control variates are centring."""

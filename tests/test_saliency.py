@@ -205,6 +205,7 @@ def test_explain_gives_the_same_bits_every_time() -> None:
     assert first.masks == 300
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("estimator", ["paper", "control-variate"])
 def test_standard_error_is_the_spread_between_seeds(estimator: str) -> None:
     image = np.random.default_rng(2).integers(0, 256, (16, 16, 3), dtype=np.uint8)

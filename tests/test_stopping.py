@@ -149,6 +149,7 @@ def test_a_relative_error_that_nothing_reaches_is_refused(error: float) -> None:
         ExplainSpec(relative_error=error)
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize(("estimator", "wanted"), [("paper", 0.3), ("control-variate", 0.02)])
 @pytest.mark.parametrize("p_mask", [pytest.param(0.1, marks=pytest.mark.slow), 0.5])
 def test_intervals_cover_the_exact_map_after_stopping(estimator: str, wanted: float, p_mask: float) -> None:

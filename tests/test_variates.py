@@ -85,6 +85,7 @@ def test_mean_square_of_the_weights_is_the_sum_over_every_mask(
     np.testing.assert_allclose(moments, np.broadcast_to(weight_moments(spec, SMALL), moments.shape))
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize(
     ("method", "colors", "p_mask"), [("mc-rise", "red,blue", 0.1), ("rise", "black", 0.5)]
 )
@@ -266,6 +267,7 @@ def test_many_targets_are_predicted_by_lines_alone() -> None:
     assert fit.slopes.any()
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("estimator", ["paper", "control-variate"])
 @pytest.mark.parametrize("p_mask", [0.1, 0.5])
 def test_intervals_cover_the_exact_map(estimator: str, p_mask: float) -> None:
@@ -285,6 +287,7 @@ def test_intervals_cover_the_exact_map(estimator: str, p_mask: float) -> None:
     assert 0.93 < np.mean(covered) < 0.97
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("estimator", ["paper", "control-variate"])
 @pytest.mark.parametrize("p_mask", [0.1, 0.5])
 def test_intervals_cover_the_exact_map_of_every_mask(estimator: str, p_mask: float) -> None:
