@@ -110,10 +110,12 @@ def truth_of(
     """What the runs agree on: each has masks of its own, and a guide has a part in none."""
     by_paper, by_variates = [], []
     for run in range(runs):
-        plain = spec.model_copy(update={"estimator": "paper", "seed": _TRUTH_SEED + run})
+        seeded = spec.model_copy(update={"seed": _TRUTH_SEED + run})
+        plain = seeded.model_copy(update={"estimator": "paper"})
         scores = score(plain)
+        fit = fit_scores(seeded, size, scores)
         by_paper.append(summed(plain, size, scores, None).maps[0].astype(float))
-        by_variates.append(summed(spec, size, scores, fit_scores(spec, size, scores)).maps[0].astype(float))
+        by_variates.append(summed(seeded, size, scores, fit).maps[0].astype(float))
     variance = float(np.var(by_variates, axis=0, ddof=1).mean()) / runs
     return Truth(np.mean(by_variates, axis=0), variance, float(np.var(by_paper, axis=0, ddof=1).mean()))
 
