@@ -55,7 +55,7 @@ _RIVALS = 7
 _TESTED_BY_FOLD = 128  # guides that pick nothing need not know how far they are to be believed
 _CHUNK = 1024  # masks predicted at a time
 _KEPT = 4  # guides whose windows a worker keeps: they take 6 MiB each
-_SMALLEST = 1e-6  # of the way between the bounds; a score nearer than this to one of them has no finite logit
+_SMALLEST = 1e-6  # of the largest score, or below 1: a score nearer than this to 0 or 1 has no finite logit
 _NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(21)
 _NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
 
@@ -107,7 +107,8 @@ class Guide:
     def weight(self) -> float:
         """Of a mask picked, beside 1 of one that nobody picked: its score tells that much more, or more.
 
-        It depends on nothing that was scored: if what seems luckier weighed more, the maps would be biased.
+        It does not depend on the scores: if what seems luckier weighed more, the maps would be biased. (That
+        there is a guide may depend on the opening's: a bias of some hundredths of a standard error.)
         """
         return 2.2 + 0.4 * float(np.log2(max(len(self.learnt), 512) / 512))
 
@@ -213,25 +214,26 @@ def learn(
         tested: about how many masks it is judged by.
 
     Returns:
-        None where scores are not probabilities, or all the same, as masks of a tiny `p_mask` are, or where
-        the other predictions promise less noise.
+        None where scores are not probabilities, or a target's are all the same or too close to 1 to be told
+        apart, or masks are all the same, as those of a tiny `p_mask` are, or where the other predictions
+        promise less noise.
     """
     targets = scores.shape[1] - len(rivals)
-    low, high = scores.min(), scores.max()
-    if low < -_ROUNDING or high > 1 + _ROUNDING or np.ptp(scores[:, :targets], axis=0).max() == 0:
+    if not -_ROUNDING <= scores.min() <= scores.max() <= 1 + _ROUNDING:
         return None
     masks, scores = masks[-MOST_LEARNT:], scores[-MOST_LEARNT:]
     grid = patches(spec, size, MOST_LEARNT)
     known = Features(spec, size, grid)(masks)
     scale = float(known.std())
-    if not scale:
-        return None
-    share = np.clip(scores[:, :targets], _SMALLEST, 1 - _SMALLEST)
+    largest = np.maximum(scores[:, :targets].max(axis=0), np.finfo(np.float32).tiny)
+    share = np.clip(scores[:, :targets], _SMALLEST * largest, 1 - _SMALLEST)
     truth = np.log(share / (1 - share))
+    if not scale or np.ptp(truth, axis=0).min() == 0:
+        return None
     shape = (grid[0], spec.K, grid[1])
     relevant = relevance(known, truth, shape, scale, device)
     windows = Windows.of(known, shape, scale, relevant, device)
-    everything = np.concatenate([truth, _logarithms(scores)], axis=1) if rivals else truth
+    everything = np.concatenate([truth, _logarithms(share, scores)], axis=1) if rivals else truth
     constants, weights, lines, judges, unseen = kernel_ridge(windows.alike(known), known, everything, tested)
     # How far predictions are to be believed is judged by masks that are predicted without their own scores.
     inputs, seen = _inputs(unseen, targets), truth[judges]
@@ -243,7 +245,7 @@ def learn(
     best, doubt = _moments(_mixed(mix, unknown), spread)
     variance = doubt.mean(axis=0)
     missed = scores[judges, :targets] - _moments(_mixed(mix, unseen), spread)[0]
-    gain = (doubt**0.5).mean(axis=0) ** 2 / np.maximum(variance, 1e-300)
+    gain = np.where(variance > 0, (doubt**0.5).mean(axis=0) ** 2 / np.maximum(variance, 1e-300), 1)
     mine = (missed**2).mean(axis=0) * gain
     if left is not None:
         theirs = (left[-MOST_LEARNT:][judges] ** 2).mean(axis=0)
@@ -289,18 +291,20 @@ def learn_by_fold(
 
 def find_rivals(everything: Float64[np.ndarray, "N classes"], targets: Sequence[int]) -> tuple[int, ...]:
     """The classes that score most behind masks, but for the targets; none where they do not exclude each
-    other, that is, where the scores of a mask do not sum to 1.
+    other, that is, where the scores of a mask do not sum to 1, and of two, whose logits are the same.
     """
-    if not everything.size or np.abs(everything.sum(axis=1) - 1).max() > _NOT_ONE:
+    if everything.shape[1] <= 2 or np.abs(everything.sum(axis=1) - 1).max() > _NOT_ONE:
         return ()
     order = np.argsort(-everything.mean(axis=0), kind="stable").tolist()
     return tuple(sorted([index for index in order if index not in targets][:_RIVALS]))
 
 
-def _logarithms(scores: Float64[np.ndarray, "N L+R"]) -> Float64[np.ndarray, "N L+R+1"]:
+def _logarithms(
+    share: Float64[np.ndarray, "N L"], scores: Float64[np.ndarray, "N L+R"]
+) -> Float64[np.ndarray, "N L+R+1"]:
     """Of the probabilities, and of all others together; from their mean, as logits of a softmax are known."""
-    rest = 1 - scores.sum(axis=1, keepdims=True)
-    logs = np.log(np.clip(np.concatenate([scores, rest], axis=1), _SMALLEST, 1))
+    others = np.append(scores[:, share.shape[1] :], 1 - scores.sum(axis=1, keepdims=True), axis=1)
+    logs = np.log(np.append(share, np.clip(others, _SMALLEST, 1), axis=1))
     centred: np.ndarray = logs - logs.mean(axis=1, keepdims=True)
     return centred
 

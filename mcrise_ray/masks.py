@@ -19,6 +19,7 @@ from mcrise_ray.spec import ExplainSpec
 
 _WORDS_PER_BLOCK = 4  # Philox4x64 yields four words per counter value
 _UNIT = 1 << 53  # a word's upper 53 bits are a uniform integer below this
+_CHUNK = 1024  # masks whose words are held at a time
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,20 @@ def draw(spec: ExplainSpec, start: int, stop: int) -> Masks:
     """
     h, w = spec.grid
     blocks = -(-(h * w + 2) // _WORDS_PER_BLOCK)
-    first = start * blocks
-    bits = np.random.Philox(key=spec.seed, counter=first)
-    words = bits.random_raw((stop - start) * blocks * _WORDS_PER_BLOCK).reshape(stop - start, -1)
-
+    bits = np.random.Philox(key=spec.seed, counter=start * blocks)
     threshold = np.uint64(max(1, int(spec.p_mask * _UNIT)))
-    uniform = words[:, : h * w] >> np.uint64(11)
-    fill = uniform * np.uint64(spec.K) // threshold  # < K exactly where uniform < threshold
-    cells = np.where(uniform < threshold, fill + np.uint64(1), np.uint64(0)).astype(np.uint8)
-    shift_words = words[:, h * w : h * w + 2] >> np.uint64(32)
+    cells = np.empty((stop - start, h * w), dtype=np.uint8)
+    shift_words = np.empty((stop - start, 2), dtype=np.uint64)
+    for place in range(
+        0, stop - start, _CHUNK
+    ):  # words take eight times what cells do, and several times over
+        part = slice(place, min(place + _CHUNK, stop - start))
+        count = part.stop - part.start
+        words = bits.random_raw(count * blocks * _WORDS_PER_BLOCK).reshape(count, -1)
+        uniform = words[:, : h * w] >> np.uint64(11)
+        fill = uniform * np.uint64(spec.K) // threshold  # < K exactly where uniform < threshold
+        cells[part] = np.where(uniform < threshold, fill + np.uint64(1), np.uint64(0))
+        shift_words[part] = words[:, h * w : h * w + 2] >> np.uint64(32)
     return Masks(cells.reshape(-1, h, w), shift_words)
 
 
@@ -86,7 +92,7 @@ def uniform(spec: ExplainSpec, n: int) -> float:
     return int(words[h * w] & np.uint64(0xFFFFFFFF)) / 2**32
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # of a photograph, each may take 20 MiB
 def upsampling_tables(cells: int, pixels: int) -> Float64[np.ndarray, "shifts pixels cells"]:
     """Linear interpolation along one axis, one matrix per shift: `up(z) = Ry[sy] @ z @ Rx[sx].T`.
 
@@ -107,7 +113,7 @@ def upsampling_tables(cells: int, pixels: int) -> Float64[np.ndarray, "shifts pi
     return table
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def overlap_kernels(
     grid: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Float64[np.ndarray, "H H"], Float64[np.ndarray, "W W"]]:

@@ -4,6 +4,7 @@ reached), never of the cluster (the partition law).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -107,10 +108,13 @@ def stages(spec: ExplainSpec, targets: int) -> tuple[int, ...]:
     return tuple(sorted(end for end in ends if end >= opening))
 
 
-def enough(spec: ExplainSpec, relative_error: Iterable[float]) -> bool:
-    """Whether an image can stop at a look at which its targets have these errors.
+def enough(spec: ExplainSpec, relative_error: Iterable[float], masks: int) -> bool:
+    """Whether an image can stop at a look, after so many masks, at which its targets have these errors.
 
-    An error that is no number belongs to a map that is zero without error.
+    An error that is no number is that of a score that no mask has changed yet. Few masks would have missed
+    what one in a thousand does.
     """
-    wanted = spec.relative_error
-    return wanted is not None and not any(error > wanted for error in relative_error)
+    wanted, errors = spec.relative_error, list(relative_error)
+    if wanted is None or any(error > wanted for error in errors):
+        return False
+    return masks >= _PILOT or not any(math.isnan(error) for error in errors)

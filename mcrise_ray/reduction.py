@@ -364,7 +364,7 @@ def conclude(spec: ExplainSpec, work: Conclude, device: torch.device | str = "cp
     assert total is not None
     if work.look:
         found = explanation(spec, work.targets, work.score, total)
-        if work.last or enough(spec, found.relative_error):
+        if work.last or enough(spec, found.relative_error, found.masks):
             return Conclusion(found, None, None)
     if work.learn and guide is None:
         guide = _learn(spec, work, None, device)

@@ -244,7 +244,7 @@ def lattice(
     return rows, columns
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _weights_at_points(
     spec: ExplainSpec, size: tuple[int, int]
 ) -> tuple[Float32[Tensor, "sy Y h"], Float32[Tensor, "sx X w"], Float32[Tensor, "states M"]]:
@@ -275,7 +275,7 @@ def _upsampled(buckets: Float[Tensor, "L h sy K w sx"], size: tuple[int, int]) -
     return found.transpose(1, 2)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _stretches(
     cells: int, pixels: int, count: int, dtype: torch.dtype
 ) -> list[tuple[slice, slice, Float[Tensor, "seen pixels"]]]:
@@ -300,7 +300,7 @@ def _stretches(
     return found
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _lattice_to_pixels(
     spec: ExplainSpec, size: tuple[int, int]
 ) -> tuple[

@@ -7,10 +7,12 @@ Runtime, whose turn it is then, have to share the cores with them: learning took
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ContextDecorator
+from threading import Lock
 from typing import ParamSpec, TypeVar
 
 import numpy  # noqa: F401  # whose OpenBLAS must be there to be found
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,11 +21,36 @@ R = TypeVar("R")
 _spinning = ThreadpoolController().select(internal_api="openblas").select(threading_layer="pthreads")
 
 
+class _Alone(ContextDecorator):
+    """The limit holds while anybody is inside: each on its own would put back what it found, which may be the
+    limit of another.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._limit = _spinning.limit(limits=1)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                # Who set a limit is alone in changing it, and may be another thread, which has left.
+                OpenBLASController.clear_controlling_thread(force=True)
+                self._limit.restore_original_limits()
+                OpenBLASController.clear_controlling_thread()
+
+
+_alone = _Alone()
+
+
 def one_blas_thread(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, during which numpy's OpenBLAS has no threads beside the one that calls it.
+    """The function, during which numpy's OpenBLAS has no threads beside those that call it.
 
     For functions in which torch does what takes long; not for those that ask models, which may be numpy's.
-    Where several threads call such functions at once, the limit is that of the first.
     """
-    alone: Callable[P, R] = _spinning.wrap(limits=1)(function)
-    return alone
+    return _alone(function)

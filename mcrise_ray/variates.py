@@ -147,9 +147,10 @@ def patches(spec: ExplainSpec, size: tuple[int, int], masks: int) -> tuple[int, 
     the factorisation takes.
     """
     wanted = [min(cells, pixels) for cells, pixels in zip(spec.grid, size, strict=True)]
-    shrink = (min(_MOST_FEATURES, 2 * masks) / (spec.K * wanted[0] * wanted[1])) ** 0.5
-    rows, columns = (max(1, int(count * min(1.0, shrink))) for count in wanted)
-    return rows, columns
+    most = min(_MOST_FEATURES, 2 * masks) / spec.K
+    shrink = min(1.0, (most / (wanted[0] * wanted[1])) ** 0.5)
+    rows, columns = (max(1, int(count * shrink)) for count in wanted)
+    return min(rows, max(1, int(most / columns))), min(columns, max(1, int(most / rows)))
 
 
 def expectation(
@@ -182,7 +183,7 @@ def leverage(
     return squares**0.5
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _overlaps_with_patches(
     grid: tuple[int, int], size: tuple[int, int], patches: tuple[int, int]
 ) -> tuple[Float64[Tensor, "H Y"], Float64[Tensor, "W X"]]:

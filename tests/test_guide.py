@@ -56,12 +56,12 @@ def spec_of(method: str, colors: str, **settings: object) -> ExplainSpec:
     return ExplainSpec(method=method, colors=colors, **{"grid": (2, 2), **settings})
 
 
-def rare(spec: ExplainSpec, size: tuple[int, int]) -> Callable[[Masks], np.ndarray]:
-    """Probabilities of three classes, of which the first is close to 0 behind most masks."""
+def rare(spec: ExplainSpec, size: tuple[int, int], offset: float = -5) -> Callable[[Masks], np.ndarray]:
+    """Probabilities of three classes, of which the first is close to 0 behind most masks, or all."""
     weights = np.random.default_rng(1).normal(size=(3, spec.K, *size)) * 2.7 / np.prod(size) ** 0.5
 
     def scores(masks: Masks) -> np.ndarray:
-        logits = np.einsum("nkyx,ckyx->nc", pixels(spec, size, masks), weights) * 6 + np.array([-5, 0, 0])
+        logits = np.einsum("nkyx,ckyx->nc", pixels(spec, size, masks), weights) * 6 + np.array([offset, 0, 0])
         shares: np.ndarray = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         return shares
 
@@ -406,8 +406,10 @@ LINEAR = np.random.default_rng(3).random((2, *SMALL)) / 40
         lambda spec, masks: np.full((len(masks), 1), 0.25),
         lambda spec, masks: 0.2 + np.einsum("nkyx,kyx->n", pixels(spec, SMALL, masks), LINEAR)[:, None],
         lambda spec, masks: 9 * rare(spec, SMALL)(masks),
+        lambda spec, masks: rare(spec, SMALL)(masks)[:, :1] * [1, 0],
+        lambda spec, masks: 1 - 1e-7 * rare(spec, SMALL)(masks),
     ],
-    ids=["constant", "linear", "no probability"],
+    ids=["constant", "linear", "no probability", "one target is constant", "too close to 1"],
 )
 def test_without_a_guide_the_maps_are_those_of_control_variates(
     score: Callable[[ExplainSpec, Masks], np.ndarray],
@@ -415,16 +417,32 @@ def test_without_a_guide_the_maps_are_those_of_control_variates(
     found = []
     for estimator in ("importance", "control-variate"):
         spec = spec_of("mc-rise", "red,blue", masks=1024, estimator=estimator)
-        found.append(picked(spec, SMALL, lambda masks, spec=spec: score(spec, masks)))
+        count = score(spec, draw(spec, 0, 1)).shape[1]
+        targets = tuple(range(min(count, 2)))
+        found.append(picked(spec, SMALL, lambda masks, spec=spec: score(spec, masks), targets))
     for name in ("maps", "raw", "baseline", "standard_error"):
         np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
     assert found[0].masks == found[1].masks == 1024
+
+
+def test_scores_that_are_small_behind_all_masks_are_learnt_as_well() -> None:
+    def noise(offset: float, estimator: str) -> np.ndarray:
+        spec = spec_of("mc-rise", "red,blue", masks=1024, estimator=estimator)
+        result = picked(spec, SMALL, rare(spec, SMALL, offset))
+        return (result.standard_error.astype(np.float64) / np.exp(offset)) ** 2
+
+    least = noise(-35, "importance")
+    np.testing.assert_allclose(least, noise(-25, "importance"), rtol=0.02)
+    assert least.mean() < 0.5 * noise(-35, "control-variate").mean()
 
 
 def test_rivals_score_most_behind_masks_and_exclude_each_other() -> None:
     shares = np.random.default_rng(0).dirichlet(np.arange(1, 13), size=50)
     assert find_rivals(shares, [11, 3]) == (4, 5, 6, 7, 8, 9, 10)
     assert find_rivals(shares[:, :3] / shares[:, :3].sum(axis=1, keepdims=True), [2]) == (0, 1)
+    assert (
+        find_rivals(shares[:, :2] / shares[:, :2].sum(axis=1, keepdims=True), [1]) == ()
+    )  # tells nothing new
     assert find_rivals(shares * 1.1, [0]) == ()  # sigmoids
     assert find_rivals(np.zeros((50, 0)), [0]) == ()  # more classes than are sent
 

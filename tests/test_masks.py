@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -46,6 +47,18 @@ def test_masks_do_not_depend_on_how_they_are_batched(
     for parts in (pieces, shuffled):
         np.testing.assert_array_equal(np.concatenate([p.cells for p in parts]), whole.cells)
         np.testing.assert_array_equal(np.concatenate([p.shift_words for p in parts]), whole.shift_words)
+
+
+def test_many_masks_take_little_more_memory_than_their_cells() -> None:
+    spec = ExplainSpec(grid=(32, 32))
+    tracemalloc.start()
+    many = draw(spec, 5, 5005)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10 * many.cells.nbytes  # a word alone takes eight times as much as its cell
+    pieces = [draw(spec, 5, 1100), draw(spec, 1100, 5005)]
+    np.testing.assert_array_equal(np.concatenate([p.cells for p in pieces]), many.cells)
+    np.testing.assert_array_equal(np.concatenate([p.shift_words for p in pieces]), many.shift_words)
 
 
 def test_different_seeds_give_different_masks() -> None:

@@ -45,7 +45,7 @@ def exact_maps(spec: ExplainSpec) -> np.ndarray:
 def test_the_only_look_at_a_number_of_masks_is_the_last() -> None:
     spec = ExplainSpec(masks=5000)
     assert list(looks(spec)) == [unit_count(spec)]
-    assert not enough(spec, [0.0])
+    assert not enough(spec, [0.0], 50_000)
 
 
 @given(masks=st.integers(1, 10**12), estimator=st.sampled_from(["paper", "control-variate"]))
@@ -100,12 +100,23 @@ def test_every_unit_is_scored_once_and_summed_once_since_the_last_fit(
     assert looked == list(looks(spec))
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
-    ("reached", "stop"),
-    [([0.1], True), ([0.1001], False), ([0.05, 0.2], False), ([float("nan")], True), ([float("inf")], False)],
+    ("reached", "masks", "stop"),
+    [
+        ([0.1], 1024, True),
+        ([0.1001], 1024, False),
+        ([0.05, 0.2], 1024, False),
+        ([float("inf")], 50_000, False),
+        ([NAN], 1024, False),
+        ([0.05, NAN], 16_384, True),
+        ([0.2, NAN], 16_384, False),
+    ],
 )
-def test_every_target_must_have_reached_it(reached: list[float], stop: bool) -> None:
-    assert enough(ExplainSpec(relative_error=0.1), reached) is stop
+def test_every_target_must_have_reached_it(reached: list[float], masks: int, stop: bool) -> None:
+    assert enough(ExplainSpec(relative_error=0.1), reached, masks) is stop
 
 
 @pytest.mark.parametrize("estimator", ["paper", "control-variate"])

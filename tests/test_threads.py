@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 from mcrise_ray import ExplainSpec, explain, guide, reduction
 from mcrise_ray.threads import one_blas_thread
@@ -27,6 +29,7 @@ def counts() -> set[int]:
 @pytest.fixture(autouse=True)
 def three_threads() -> Iterator[None]:
     with POOLS.limit(limits=3):
+        OpenBLASController.clear_controlling_thread()  # or no other thread could change it
         yield
 
 
@@ -40,6 +43,26 @@ def test_errors_give_the_threads_back() -> None:
 
     with pytest.raises(ValueError, match=r"inside \{1\}"):
         one_blas_thread(fail)()
+    assert counts() == {3}
+
+
+def test_there_is_one_until_the_last_of_several_leaves() -> None:
+    first, second, left = Event(), Event(), Event()
+
+    @one_blas_thread
+    def stay(enters: Event, leaves: Event) -> set[int]:
+        enters.set()
+        assert leaves.wait(30)
+        return counts()
+
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(stay, first, second)
+        assert first.wait(30)
+        other = pool.submit(stay, second, left)
+        assert one.result() == {1}
+        assert counts() == {1}
+        left.set()
+        assert other.result() == {1}
     assert counts() == {3}
 
 

@@ -337,3 +337,20 @@ def test_leverage_is_what_one_mask_adds_to_the_maps(method: str, colors: str) ->
         alone.append((sums.partial(1).finalize(spec).maps ** 2).mean() ** 0.5)
     found = leverage(spec, Features(spec, size, size)(masks), size)  # a patch for each pixel
     np.testing.assert_allclose(found, alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("grid", "colors", "masks", "expected"),
+    [
+        ((8, 8), "paper5", 4000, (8, 8)),
+        ((16, 16), "paper5", 4000, (8, 8)),
+        ((8, 8), "paper5", 40, (4, 4)),
+        ((1, 224), "paper5", 4000, (1, 80)),
+        ((200, 1), "paper5", 4000, (80, 1)),
+        ((2, 200), "black", 40, (1, 80)),
+    ],
+)
+def test_features_are_as_many_as_a_fit_bears(
+    grid: tuple[int, int], colors: str, masks: int, expected: tuple[int, int]
+) -> None:
+    assert patches(ExplainSpec(grid=grid, colors=colors), (224, 224), masks) == expected
