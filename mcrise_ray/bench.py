@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 
 from mcrise_ray.baselines import BATCH_SIZE, rise_as_published, xaitk_mc_rise
-from mcrise_ray.errors import ModelError
+from mcrise_ray.errors import MCRiseError, ModelError
 from mcrise_ray.explainer import Subject, explain
 from mcrise_ray.images import read_image
 from mcrise_ray.jobs import run_job
@@ -324,13 +324,15 @@ def memory_beyond_model(case: Case, spec: ExplainSpec, what: Contender) -> int:
     process.start()
     theirs.close()
     try:
-        peak: int = ours.recv()
+        peak: int | MCRiseError = ours.recv()
     except EOFError:
         process.join()
         raise ModelError(
             f"measuring the memory of {what} ended with exit code {process.exitcode}: lower --masks"
         ) from None
     process.join()
+    if isinstance(peak, MCRiseError):
+        raise peak
     return peak
 
 
@@ -344,6 +346,13 @@ class _MemoryTask:
 
 
 def _measure_memory(connection: Connection, task: _MemoryTask) -> None:
+    try:
+        connection.send(_memory_of(task))
+    except MCRiseError as error:
+        connection.send(error)
+
+
+def _memory_of(task: _MemoryTask) -> int:
     model, spec = load_model(task.model), task.spec
     size = task.batch_size if task.what == "ours" else BATCH_SIZE
     forget_peak()
@@ -356,4 +365,4 @@ def _measure_memory(connection: Connection, task: _MemoryTask) -> None:
         _published(Subject(model, task.image, spec))
     else:
         xaitk_mc_rise(model, model.classes, task.image, spec)
-    connection.send(max(0, peak_memory() - bare))
+    return max(0, peak_memory() - bare)

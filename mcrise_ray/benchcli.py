@@ -19,7 +19,7 @@ def bench(
     mean: Annotated[str | None, typer.Option(metavar="R,G,B")] = None,
     std: Annotated[str | None, typer.Option(metavar="R,G,B")] = None,
     device: Annotated[str | None, typer.Option()] = None,
-    image: Annotated[str | None, typer.Option(help="What is explained.  [default: noise]")] = None,
+    image: Annotated[str | None, typer.Option(help="What is explained.  (default: noise)")] = None,
     masks: Annotated[int, typer.Option("--masks", "-n", help="Of each run.")] = 512,
     grid: Annotated[str, typer.Option(metavar="hxw", help="Cells of a mask.")] = "8x8",
     p_mask: Annotated[float, typer.Option(help="Probability that a cell is masked.")] = 0.5,
@@ -30,8 +30,8 @@ def bench(
         list[str] | None,
         typer.Option(
             help="overhead (over the bare model), fills (K = 1 to 64), targets (L = 1 to 100), rise (as "
-            "published), actors (1 to 2), xaitk (needs the extra bench); repeat for several.  [default: all "
-            "but xaitk]"
+            "published), actors (1 to 2), xaitk (needs the extra bench); repeat for several.  (default: all "
+            "but xaitk)"
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs of which the median is taken.")] = 5,

@@ -71,7 +71,7 @@ def run(
     address: Annotated[
         str | None,
         typer.Option(
-            help="auto, or HOST:PORT, of a Ray that this machine is part of.  [default: one of its own]",
+            help="auto, or HOST:PORT, of a Ray that this machine is part of.  (default: one of its own)",
             show_default=False,
         ),
     ] = None,

@@ -28,7 +28,7 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="A job: YAML, JSON or
 Address = Annotated[
     str | None,
     typer.Option(
-        help="The cluster's dashboard.  [env: RAY_API_SERVER_ADDRESS; default: http://127.0.0.1:8265]",
+        help="The cluster's dashboard.  (env: RAY_API_SERVER_ADDRESS; default: http://127.0.0.1:8265)",
         show_default=False,
     ),
 ]
@@ -95,7 +95,7 @@ def submit(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Shown with the job; no secrets.")
     ] = None,
     entrypoint_num_cpus: Annotated[
-        float | None, typer.Option(help="Of the cluster, for the driver.  [default: none, on the head node]")
+        float | None, typer.Option(help="Of the cluster, for the driver.  (default: none, on the head node)")
     ] = None,
     entrypoint_num_gpus: Annotated[float | None, typer.Option(help="The same.")] = None,
     entrypoint_memory: Annotated[int | None, typer.Option(help="The same, in bytes.")] = None,

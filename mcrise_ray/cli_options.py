@@ -44,7 +44,7 @@ ModelArgs = Annotated[
 Size = Annotated[str | None, typer.Option(metavar="HxW", help="Size of the model's input.")]
 Resize = Annotated[
     str | None,
-    typer.Option(help="stretch (the whole image) or crop (its centre).  [default: the model's own]"),
+    typer.Option(help="stretch (the whole image) or crop (its centre).  (default: the model's own)"),
 ]
 ShorterSide = Annotated[int | None, typer.Option(help="Of the image before its centre is cut out.")]
 Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
@@ -58,7 +58,7 @@ Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Its standard dev
 Activation = Annotated[
     str | None, typer.Option(help="From the model's output to scores: softmax, sigmoid or none.")
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: a GPU where there is one]")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.  (default: a GPU where there is one)")]
 Targets = Annotated[
     list[str],
     typer.Option(
@@ -73,7 +73,7 @@ MaskCount = Annotated[
         "--masks",
         "-n",
         help="N, the number of masks; with --relative-error the most that are spent.  "
-        "[default: 8000, or 100000]",
+        "(default: 8000, or 100000)",
     ),
 ]
 RelativeError = Annotated[
@@ -93,7 +93,7 @@ Grid = Annotated[str, typer.Option(metavar="hxw", help="Cells of a mask.")]
 PMask = Annotated[float, typer.Option("--p-mask", help="Probability that a cell is masked.")]
 Colors = Annotated[
     str | None,
-    typer.Option(help="paper5, paper8, or fills such as red,#00ff80 (MC-RISE alone).  [default: paper5]"),
+    typer.Option(help="paper5, paper8, or fills such as red,#00ff80 (MC-RISE alone).  (default: paper5)"),
 ]
 Method = Annotated[str, typer.Option(help="mc-rise, debiased-rise or rise.")]
 Seed = Annotated[int, typer.Option(help="Seed of the masks.")]
@@ -119,7 +119,7 @@ AllowTruncated = Annotated[
     bool, typer.Option("--allow-truncated", help="Decode files that end too early instead of refusing them.")
 ]
 MaxPixels = Annotated[
-    int | None, typer.Option(min=1, help="Refuse larger images.  [default: 89478485]", show_default=False)
+    int | None, typer.Option(min=1, help="Refuse larger images.  (default: 89478485)", show_default=False)
 ]
 Figures = Annotated[int, typer.Option(help="Draw the first so many images.")]
 StandardError = Annotated[
@@ -163,7 +163,7 @@ Matches = Annotated[
 Pairs = Annotated[str | None, typer.Option(help="For --match named: a CSV with the columns query and match.")]
 ScaleOfDistance = Annotated[
     float | None,
-    typer.Option("--d0", help="Scale of the distance.  [default: that of the unmasked query to each match]"),
+    typer.Option("--d0", help="Scale of the distance.  (default: that of the unmasked query to each match)"),
 ]
 Distance = Annotated[str, typer.Option(help="euclidean or cosine.")]
 GalleryPlace = Annotated[
@@ -171,7 +171,7 @@ GalleryPlace = Annotated[
     typer.Option(
         "--gallery-store",
         help="Folder or URL of the gallery's embeddings, for other jobs to use again.  "
-        "[default: OUTPUT/gallery]",
+        "(default: OUTPUT/gallery)",
     ),
 ]
 
@@ -194,11 +194,11 @@ Actors = Annotated[
 ]
 CpusPerActor = Annotated[int, typer.Option(min=1, help="Cores, and torch threads, per actor.")]
 GpusPerActor = Annotated[
-    float | None, typer.Option(help="GPUs per actor, may be a fraction.  [default: 1 where there is one]")
+    float | None, typer.Option(help="GPUs per actor, may be a fraction.  (default: 1 where there is one)")
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to run on; auto for one on this machine.  [default: start one]"),
+    typer.Option(help="Ray cluster to run on; auto for one on this machine.  (default: start one)"),
 ]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Go to another machine without a token, or with one in the clear.")

@@ -342,7 +342,7 @@ def _documented(model: type[BaseModel]) -> dict[str, str]:
     for line in section.splitlines():
         if line and not line.startswith("    "):
             break
-        opening = re.match(r"    ([a-z_0-9, ]+): (.*)", line)
+        opening = re.match(r"    ([a-z][a-z_0-9, ]*): (.*)", line)
         if opening:
             names = opening[1].split(", ")
             said.update(dict.fromkeys(names, opening[2]))

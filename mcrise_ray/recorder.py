@@ -218,6 +218,7 @@ class Recorder:
                 "masks_done": self.counts.masks,
                 "masks_per_second": self.counts.masks / seconds if seconds > 0 else 0.0,
                 **self._reporter.outlook(),
+                **({"seconds_left": 0.0} if state == "done" else {}),  # images may have taken fewer masks
                 "relative_error": float(np.median(errors)) if (errors := self._relative_errors) else None,
                 "actors": self._actors,
                 "retries": self._retries,

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,11 +169,17 @@ def test_memory_is_measured_in_a_process_of_its_own(case: Case) -> None:
     assert memory_beyond_model(case, spec, "ours") < theirs / 10
 
 
-def test_a_measurement_that_dies_says_so(case: Case) -> None:
-    bench_of = case.bench.model_copy(update={"model": ModelSpec(model="blackboxes:broken")})
-    broken = replace(case, bench=bench_of)
-    with pytest.raises(mr.MCRiseError, match="measuring the memory of ours ended with exit code 1"):
-        memory_beyond_model(broken, case.spec, "ours")
+def test_a_measurement_that_fails_says_why(case: Case, tmp_path: Path) -> None:
+    def of(**model: Any) -> Case:
+        return replace(case, bench=case.bench.model_copy(update={"model": ModelSpec(**model)}))
+
+    (tmp_path / "flag").touch()
+    dying = of(model="blackboxes:dies_once", args={"flag": str(tmp_path / "flag")})
+    dying = replace(dying, execution=dying.execution.model_copy(update={"batch_size": 64}))
+    with pytest.raises(mr.MCRiseError, match="measuring the memory of ours ended with exit code 1: lower"):
+        memory_beyond_model(dying, case.spec, "ours")
+    with pytest.raises(mr.MCRiseError, match="broken raised RuntimeError: no such checkpoint"):
+        memory_beyond_model(of(model="blackboxes:broken"), case.spec, "ours")
 
 
 def test_ratios_are_medians_of_pairs() -> None:

@@ -112,11 +112,25 @@ def test_init_writes_a_file_once(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert f"mcrise job check {tmp_path}/job.yaml" in done.stdout
     assert load_job(tmp_path / "job.yaml").explain == ExplainSpec()
+    comments = " ".join(line.strip("# ") for line in (tmp_path / "job.yaml").read_text().splitlines())
+    assert 'with far less noise: `"control-variate"` takes what' in comments  # a colon that ends no name
     again = mcrise("job", "init", tmp_path / "job.yaml")
     assert again.exit_code == 2
     assert "error: expected a new file" in again.stderr
     assert "expected a name such as job.yaml" in mcrise("job", "init", tmp_path / "job.json").stderr
     assert "cannot write" in mcrise("job", "init", tmp_path / "none" / "job.yaml").stderr
+
+
+def test_help_tells_defaults_that_no_option_has() -> None:
+    """In square brackets, rich would take them for markup."""
+    for command, default in [
+        ("explain", "(default: 8000, or 100000)"),
+        ("explain", "(default: paper5)"),
+        ("reid", "(default: OUTPUT/gallery)"),
+        ("bench", "(default: all but xaitk)"),
+        ("status", "default: http://127.0.0.1:8265)"),
+    ]:
+        assert default in re.sub(r"[\s│]+", " ", mcrise(command, "--help").stdout)
 
 
 def test_check_prints_the_plan_and_runs_nothing(folder: Path, tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def test_an_interrupted_job_goes_on_on_an_object_store(
     assert reporter.masks == 4 * 640 - 1024
     done = read_progress(spec.output)
     assert done is not None
-    assert (done.state, done.images_done, done.errors) == ("done", 4, 1)
+    assert (done.state, done.images_done, done.errors, done.seconds_left) == ("done", 4, 1, 0.0)
     rows = mr.read_results(spec.output)
     assert {(row.image_id, row.target): row.map.tobytes() for row in rows} == undisturbed
     assert len(rows) == 8
