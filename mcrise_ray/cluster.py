@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -68,7 +70,8 @@ def connect(
     ours = not ray.is_initialized()
     if ours:
         try:
-            ray.init(address=address, configure_logging=False)
+            with _sigterm_kept():
+                ray.init(address=address, configure_logging=False)
         except (RuntimeError, ValueError, ConnectionError, OSError) as error:
             raise ClusterError(f"cannot connect to Ray at {address}: {error}") from error
     try:
@@ -100,7 +103,7 @@ def local_ray(cpus: int) -> Iterator[None]:
         return
     if find_token() is None:  # Ray would make one too, with the rights that the umask leaves
         ensure_token()
-    with _loopback_only(), _private_files():
+    with _loopback_only(), _private_files(), _sigterm_kept():
         try:
             ray.init(
                 address="local",
@@ -115,6 +118,15 @@ def local_ray(cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray's own handler, which it sets when it starts, would end the process in the middle of a write."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

@@ -148,6 +148,23 @@ def test_picked_masks_are_the_same_with_and_without_actors(
     assert any((value != other[key]).any() for key, value in alone.items())  # a guide was found worth it
 
 
+def test_a_polite_signal_stops_a_job_as_before_ray_had_started(local_ray: None) -> None:
+    """A driver of its own: signals are for whole processes."""
+    script = (
+        "import os, signal\n"
+        "from mcrise_ray.cluster import local_ray\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        "try:\n"
+        "    with local_ray(1):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "stopped"), ended.stderr
+    assert "SIGTERM" not in ended.stderr
+
+
 def test_explain_gives_the_bits_of_actors(local_ray: None, folder: Path, tmp_path: Path) -> None:
     run_job(job(folder / "deep" / "er", tmp_path / "out", actors=2), Silent())
     model = mr.load_model(NETWORK)
