@@ -238,6 +238,11 @@ def _tell(job: JobSpec, summary: Summary, figures: list[str]) -> None:
     if summary.replaced or summary.retries:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in summary.retries.items())
         print(f"survived: {summary.replaced} actors replaced; calls repeated: {reasons or 'none'}")
+    if summary.missed:
+        print(
+            f"{summary.missed} images have a larger relative error than {job.explain.relative_error} after "
+            "as many masks as they may have: raise --masks"
+        )
     if summary.halved:
         print(f"{summary.halved} calls ran with half their batch: the last bits of their maps may differ")
     print(f"results: {job.output}/maps, read with mcrise_ray.read_results({job.output!r})")

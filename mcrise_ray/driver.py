@@ -67,6 +67,8 @@ def _run(file: str | None, reporter: ConsoleReporter | JsonReporter) -> int:
             f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
             f"{summary.masks} masks in {summary.seconds:.1f} s"
         )
+        if summary.missed:
+            reporter.note(f"{summary.missed} images have a larger relative error than was asked for")
     except KeyboardInterrupt:
         reporter.tell("note", "stopped; submit the same job again to resume", "warning")
         return 130

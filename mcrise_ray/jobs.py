@@ -46,6 +46,7 @@ class Summary:
         replaced: actors that were replaced.
         halved: calls repeated with half the batch for lack of memory; the last bits of their images may
             differ from those of an undisturbed run.
+        missed: images of this run whose maps have a larger relative error than was asked for.
         retrieval: how well the queries of a ReID job were matched, where people are known.
     """
 
@@ -58,6 +59,7 @@ class Summary:
     retries: dict[str, int] = field(default_factory=dict)
     replaced: int = 0
     halved: int = 0
+    missed: int = 0
     retrieval: Retrieval | None = None
 
 
@@ -163,6 +165,7 @@ def _run(
         tally.retries,
         tally.replaced,
         tally.halved,
+        counts.missed,
         retrieval,
     )
 

@@ -35,13 +35,16 @@ _BACKLOG = 32  # finished images that may wait to be written
 
 @dataclass
 class Counts:
-    """What has become of the images; `earlier` of them in runs before this one."""
+    """What has become of the images: `earlier` of them in runs before this one; in this one, `missed` of them
+    the relative error that was asked for.
+    """
 
     images: int = 0
     errors: int = 0
     rows: int = 0
     masks: int = 0
     earlier: int = 0
+    missed: int = 0
 
 
 class Recorder:
@@ -116,6 +119,9 @@ class Recorder:
         self.counts.rows += len(image.inspection.targets)
         self._reporter.image_done()
         worst = float(np.max(image.explanation.relative_error))
+        wanted = self._job.explain.relative_error
+        errors = image.explanation.relative_error.tolist()
+        self.counts.missed += wanted is not None and any(error > wanted for error in errors)
         if np.isfinite(worst):
             self._relative_errors.append(worst)
             self._reporter.relative_error(float(np.median(self._relative_errors)))

@@ -391,6 +391,19 @@ def test_explain_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/job.json").read_text())["state"] == "done"
 
 
+def test_an_error_that_is_not_reached_is_told(folder: Path, tmp_path: Path) -> None:
+    options = [*COMMON, "--target", "2", "--output", tmp_path / "out", "--relative-error"]
+    done = CliRunner().invoke(app, ["explain", str(folder / "a.png"), *map(str, options), "0.0001"])
+    assert done.exit_code == 0, done.output
+    assert (
+        "1 images have a larger relative error than 0.0001 after as many masks as they may have"
+        in done.stdout
+    )
+    options[options.index(tmp_path / "out")] = tmp_path / "easy"
+    done = CliRunner().invoke(app, ["explain", str(folder / "a.png"), *map(str, options), "1000"])
+    assert "larger relative error" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
