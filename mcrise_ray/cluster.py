@@ -124,9 +124,11 @@ def local_ray(cpus: int) -> Iterator[None]:
 def _sigterm_kept() -> Iterator[None]:
     """Ray's own handler, which it sets when it starts, would end the process in the middle of a write."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

@@ -71,9 +71,8 @@ def draw(spec: ExplainSpec, start: int, stop: int) -> Masks:
     threshold = np.uint64(max(1, int(spec.p_mask * _UNIT)))
     cells = np.empty((stop - start, h * w), dtype=np.uint8)
     shift_words = np.empty((stop - start, 2), dtype=np.uint64)
-    for place in range(
-        0, stop - start, _CHUNK
-    ):  # words take eight times what cells do, and several times over
+    # A few at a time: words take eight times what cells do, and are held several times over.
+    for place in range(0, stop - start, _CHUNK):
         part = slice(place, min(place + _CHUNK, stop - start))
         count = part.stop - part.start
         words = bits.random_raw(count * blocks * _WORDS_PER_BLOCK).reshape(count, -1)

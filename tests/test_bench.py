@@ -112,7 +112,16 @@ def test_rise_is_measured_at_equal_n_and_at_equal_error(case: Case, monkeypatch:
     scaled = {"paper": 4.0, "importance": 1.0}
     monkeypatch.setattr(bench, "variance", lambda case, spec: scaled[spec.estimator] / spec.masks**2)
     case = replace(case, bench=case.bench.model_copy(update={"explain": mr.ExplainSpec(masks=480)}))
+    timed = []
+
+    def noted(name: str, published: Any, ours: Any, *rest: Any) -> Ratio:
+        timed.append((name, ours.args[0].masks))
+        return alternate(name, published, ours, *rest)
+
+    alternate = bench.alternate
+    monkeypatch.setattr(bench, "alternate", noted)
     equal_n, equal_error = bench.rise(case)
+    assert timed == [(equal_n.name, 480), (equal_error.name, 240)]
     assert equal_n.remark == "memory beyond the model's: 4.00 GiB / 4.000 GiB"
     assert equal_error.name == "RISE as published / ours, equal error"
     assert equal_error.remark == "N = 480 / 240; standard errors 0.00417 / 0.00417"

@@ -440,9 +440,7 @@ def test_rivals_score_most_behind_masks_and_exclude_each_other() -> None:
     shares = np.random.default_rng(0).dirichlet(np.arange(1, 13), size=50)
     assert find_rivals(shares, [11, 3]) == (4, 5, 6, 7, 8, 9, 10)
     assert find_rivals(shares[:, :3] / shares[:, :3].sum(axis=1, keepdims=True), [2]) == (0, 1)
-    assert (
-        find_rivals(shares[:, :2] / shares[:, :2].sum(axis=1, keepdims=True), [1]) == ()
-    )  # tells nothing new
+    assert find_rivals(shares[:, :2] / shares[:, :2].sum(axis=1, keepdims=True), [1]) == ()
     assert find_rivals(shares * 1.1, [0]) == ()  # sigmoids
     assert find_rivals(np.zeros((50, 0)), [0]) == ()  # more classes than are sent
 

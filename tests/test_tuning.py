@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,12 +91,21 @@ def scores(model: Model, images: Tensor) -> np.ndarray:
     return ask(model.input_space().function, images)
 
 
-def test_what_is_faster_and_as_good_is_kept() -> None:
+def test_what_is_faster_and_as_good_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def pass_time(seconds: float = 0.001) -> float:
+        nonlocal now
+        now += seconds
+        return now
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=pass_time))
+    monkeypatch.setattr(sys.modules[__name__], "time", SimpleNamespace(sleep=pass_time))
     settled = settle(model_of(Scripted("bfloat16")), SPEC, IMAGE, batch_size=8)
     chosen = settled.execution.precision
     assert chosen.bfloat16
     assert not chosen.compiled
-    assert chosen.speedup > 1
+    assert chosen.speedup == pytest.approx(21)  # 20 ms of sleep, and 1 ms of the clock itself
     assert 0 < chosen.difference < tuning.TOLERANCE
     assert "times as fast as float32" in str(chosen)
     assert any(re.match(r"bfloat16: .* kept$", note) for note in chosen.notes)
