@@ -97,7 +97,8 @@ def run_job(
             return summary
         if len(committed):
             reporter.note(f"going on in {job.output}: {len(committed)} images are done")
-        reporter.start(count, job.explain.masks, len(committed))
+        each = job.explain.masks if job.explain.relative_error is None else None
+        reporter.start(count, each, len(committed))
         execution = (None if overwrite else _execution(store)) or _chosen(job)
         setup = _setup(job, count, first)
         work = chain([first], left) if job.reid is None else ReidJob(job, committed, reporter.note)

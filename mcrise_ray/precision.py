@@ -37,7 +37,8 @@ class Precision(StrictModel):
         bfloat16: torch's autocast.
         onnxruntime: converted, and run by ONNX Runtime in float32; of the CPU, and with none of the others.
         compiled: whole batches by torch.compile; shorter ones without.
-        difference: of the scores from float32, over the scores' spread: root mean squares.
+        difference: of the scores from float32, over the scores' spread: root mean squares; this and the next
+            two are None where nothing was measured.
         largest_difference: of any score, over the largest score.
         speedup: over float32.
         notes: what was tried, and what came of each.
@@ -47,9 +48,9 @@ class Precision(StrictModel):
     bfloat16: bool = False
     onnxruntime: bool = False
     compiled: bool = False
-    difference: float = Field(default=0.0, ge=0)
-    largest_difference: float = Field(default=0.0, ge=0)
-    speedup: float = Field(default=1.0, gt=0)
+    difference: float | None = Field(default=None, ge=0)
+    largest_difference: float | None = Field(default=None, ge=0)
+    speedup: float | None = Field(default=None, gt=0)
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -73,7 +74,7 @@ class Precision(StrictModel):
         if self.is_float32:
             return "float32"
         done = "+".join(step for step in STEPS if getattr(self, step))
-        if self.speedup == 1:
+        if self.speedup is None or self.difference is None:
             return done
         return (
             f"{done} ({self.speedup:.2g} times as fast as float32, scores within {self.difference:.2%} of "

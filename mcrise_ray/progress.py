@@ -27,16 +27,18 @@ _LOG_EVERY = 5.0  # seconds
 class Reporter(Protocol):
     """Told about progress by a running job; says nothing of its own accord."""
 
-    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
-        """Work begins; the number of images may be unknown, and some of them done by an earlier run."""
+    def start(self, images: int | None, masks_per_image: int | None, done: int = 0) -> None:
+        """Work begins; the number of images may be unknown, or that of masks, where images end when they have
+        enough, and some images done by an earlier run.
+        """
         ...
 
     def masks_done(self, masks: int) -> None:
         """Some masks have been scored."""
         ...
 
-    def image_done(self) -> None:
-        """An image has been explained."""
+    def image_done(self, masks: int) -> None:
+        """An image has been explained by so many masks."""
         ...
 
     def image_failed(self, image_id: str, stage: str, message: str) -> None:
@@ -71,13 +73,13 @@ class Reporter(Protocol):
 class Quiet:
     """A reporter that says nothing."""
 
-    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
+    def start(self, images: int | None, masks_per_image: int | None, done: int = 0) -> None:
         """See `Reporter`."""
 
     def masks_done(self, masks: int) -> None:
         """See `Reporter`."""
 
-    def image_done(self) -> None:
+    def image_done(self, masks: int) -> None:
         """See `Reporter`."""
 
     def image_failed(self, image_id: str, stage: str, message: str) -> None:
@@ -109,9 +111,10 @@ class _Pace:
 
     began: float
     images: int | None = None
-    masks_per_image: int = 0
+    masks_per_image: int | None = 0
     earlier: int = 0
     masks: int = 0
+    done_masks: int = 0
     first: float = 0.0
     first_masks: int = 0
     done: int = 0
@@ -140,12 +143,18 @@ class _Pace:
         self.masks += masks
 
     @property
+    def usual_masks(self) -> float | None:
+        """Of an image: the mean of those that are done; None where there are none yet and nobody can tell."""
+        return self.done_masks / self.done if self.done else self.masks_per_image
+
+    @property
     def seconds_left(self) -> float | None:
         """From the pace since the first masks: what came before them were models on their way."""
         took, masks = time.monotonic() - self.first, self.masks - self.first_masks
-        if self.images is None or not masks or took < _LOG_EVERY:
+        each = self.usual_masks
+        if self.images is None or each is None or not masks or took < _LOG_EVERY:
             return None
-        to_do = (self.images - self.earlier - self.failed) * self.masks_per_image - self.masks
+        to_do = (self.images - self.earlier - self.failed) * each - self.masks
         return max(to_do, 0) * took / masks
 
 
@@ -167,7 +176,7 @@ class _Tracking(ABC):
     ) -> None:
         self.close()
 
-    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
+    def start(self, images: int | None, masks_per_image: int | None, done: int = 0) -> None:
         """See `Reporter`."""
         self._shown = time.monotonic()
         self._pace = _Pace(self._shown, images, masks_per_image, done)
@@ -179,9 +188,10 @@ class _Tracking(ABC):
         self._pace.score(masks)
         self._show()
 
-    def image_done(self) -> None:
+    def image_done(self, masks: int) -> None:
         """See `Reporter`."""
         self._pace.done += 1
+        self._pace.done_masks += masks
         self._show()
 
     def image_failed(self, image_id: str, stage: str, message: str) -> None:
@@ -279,11 +289,12 @@ class ConsoleReporter(_Tracking):
         if self._console.is_terminal:
             if self._bar is None:
                 self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
-                total = None if pace.images is None else (pace.images - pace.earlier) * pace.masks_per_image
-                self._task = self._bar.add_task("", total=total)
+                self._task = self._bar.add_task("", total=None)
                 self._bar.start()
-            skipped = pace.failed * pace.masks_per_image
-            self._bar.update(self._task, completed=pace.masks + skipped, description=self.line())
+            each = pace.usual_masks or 0
+            total = (pace.images - pace.earlier) * each if pace.images is not None and each else None
+            completed = pace.masks + pace.failed * each
+            self._bar.update(self._task, total=total, completed=completed, description=self.line())
         elif self._is_time():
             self.tell("progress", self.line())
 

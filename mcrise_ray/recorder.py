@@ -117,7 +117,7 @@ class Recorder:
             return
         self.counts.images += 1
         self.counts.rows += len(image.inspection.targets)
-        self._reporter.image_done()
+        self._reporter.image_done(image.explanation.masks)
         worst = float(np.max(image.explanation.relative_error))
         wanted = self._job.explain.relative_error
         errors = image.explanation.relative_error.tolist()

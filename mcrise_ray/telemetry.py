@@ -43,7 +43,7 @@ class MeteredReporter:
         self._actors = Gauge(NAMES[3], "Actors that hold the model.")
         self._relative_error = Gauge(NAMES[4], "Of late: how much of a map is noise, median.")
 
-    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
+    def start(self, images: int | None, masks_per_image: int | None, done: int = 0) -> None:
         """See `Reporter`."""
         self._inner.start(images, masks_per_image, done)
 
@@ -53,10 +53,10 @@ class MeteredReporter:
             self._masks.inc(masks)
         self._inner.masks_done(masks)
 
-    def image_done(self) -> None:
+    def image_done(self, masks: int) -> None:
         """See `Reporter`."""
         self._images.inc(1, {"outcome": "done"})
-        self._inner.image_done()
+        self._inner.image_done(masks)
 
     def image_failed(self, image_id: str, stage: str, message: str) -> None:
         """See `Reporter`."""

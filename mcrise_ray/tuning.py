@@ -247,7 +247,7 @@ class _Trials(Generic[AnyModel]):
         seen = {
             "difference": difference,
             "largest_difference": largest,
-            "speedup": kept.precision.speedup * ratio,
+            "speedup": (kept.precision.speedup or 1.0) * ratio,
         }
         self.kept = replace(trial, precision=trial.precision.model_copy(update=seen))
 

@@ -53,7 +53,7 @@ class Clock(Silent):
             self.until_change += self.alive * (now - self.changed)
             self.alive, self.changed = actors, now
 
-    def image_done(self) -> None:
+    def image_done(self, masks: int) -> None:
         self.ended = time.perf_counter()
 
     @property

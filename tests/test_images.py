@@ -397,10 +397,10 @@ class Counting(Silent):
         self.total: int | None = -1
         self.ended = 0
 
-    def start(self, images: int | None, masks_per_image: int, done: int = 0) -> None:
+    def start(self, images: int | None, masks_per_image: int | None, done: int = 0) -> None:
         self.total = images
 
-    def image_done(self) -> None:
+    def image_done(self, masks: int) -> None:
         self.ended += 1
 
     def image_failed(self, image_id: str, stage: str, message: str) -> None:

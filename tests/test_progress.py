@@ -46,7 +46,7 @@ def tell_all(reporter: Reporter, clock: Clock) -> None:
     reporter.masks_done(50)
     reporter.retried("actor died", "actor died: gone; a.png requeued")
     reporter.relative_error(0.125)
-    reporter.image_done()
+    reporter.image_done(100)
     clock.seconds += 5
     reporter.masks_done(50)
     reporter.image_failed("b.png", "read", "b.png: damaged")
@@ -80,6 +80,31 @@ def test_nothing_is_foretold_before_there_is_a_pace(clock: Clock) -> None:
     clock.seconds += 10
     reporter.masks_done(100)
     assert reporter.outlook() == {"images_total": 10, "seconds_left": 80.0}
+
+
+def test_where_images_end_early_those_that_ended_foretell_the_rest(clock: Clock) -> None:
+    reporter = JsonReporter(io.StringIO())
+    reporter.start(11, None, 1)
+    reporter.masks_done(100)
+    clock.seconds += 10
+    reporter.masks_done(100)
+    assert reporter.outlook()["seconds_left"] is None  # of images that may take any number of masks
+    reporter.image_done(120)
+    assert reporter.outlook()["seconds_left"] == 100.0  # ten of 120 masks, less 200, at 10 a second
+    reporter.image_done(60)
+    reporter.image_failed("b.png", "read", "b.png: damaged")
+    assert reporter.outlook()["seconds_left"] == 61.0  # nine of 90
+
+
+def test_a_bar_has_no_end_before_an_image_has(clock: Clock) -> None:
+    text = io.StringIO()
+    with ConsoleReporter(Console(file=text, width=200, force_terminal=True)) as reporter:
+        reporter.start(4, None)
+        reporter.masks_done(50)
+        assert reporter._bar is not None
+        assert reporter._bar.tasks[0].total is None
+        reporter.image_done(50)
+        assert (reporter._bar.tasks[0].completed, reporter._bar.tasks[0].total) == (50, 200)
 
 
 def test_a_terminal_has_a_bar(clock: Clock) -> None:

@@ -51,8 +51,8 @@ class Recorded(Quiet):
     def masks_done(self, masks: int) -> None:
         self.told.append(("masks_done", masks))
 
-    def image_done(self) -> None:
-        self.told.append(("image_done",))
+    def image_done(self, masks: int) -> None:
+        self.told.append(("image_done", masks))
 
     def image_failed(self, image_id: str, stage: str, message: str) -> None:
         self.told.append(("image_failed", image_id, stage, message))
@@ -80,7 +80,7 @@ def test_everything_is_passed_on() -> None:
     reporter.start(3, 100, 1)
     reporter.masks_done(0)
     reporter.masks_done(5)
-    reporter.image_done()
+    reporter.image_done(100)
     reporter.image_failed("a.png", "read", "damaged")
     reporter.retried("node died", "it is gone")
     reporter.actors_alive(2)
@@ -90,7 +90,7 @@ def test_everything_is_passed_on() -> None:
     assert inner.told == [
         ("masks_done", 0),
         ("masks_done", 5),
-        ("image_done",),
+        ("image_done", 100),
         ("image_failed", "a.png", "read", "damaged"),
         ("retried", "node died", "it is gone"),
         ("actors_alive", 2),

@@ -219,12 +219,13 @@ def test_little_work_is_not_compiled_and_less_not_tried() -> None:
 def test_what_was_found_before_is_taken_untried(steps: tuple[str, ...]) -> None:
     """And gives the bits of the run that found it."""
     name = "+".join(steps)
-    found = Precision(**dict.fromkeys(steps, True), speedup=2.0)
+    found = Precision(**dict.fromkeys(steps, True), speedup=2.0, difference=0.01)
     assert str(found).startswith(f"{name} (2 times as fast"), "what is printed can be said again"
     model = model_of(Scripted())
     images = masked(model, 8)
     settled = settle(model, SPEC, IMAGE, precision=name, batch_size=8)
     assert str(settled.execution.precision) == name
+    assert settled.execution.precision.speedup is None, "nothing was measured"
     again = apply(model_of(Scripted()), Execution(batch_size=8, threads=1, precision=found))
     np.testing.assert_array_equal(scores(settled.model, images), scores(again, images))
 
