@@ -34,7 +34,7 @@ from mcrise_ray.progress import Quiet
 from mcrise_ray.scores import launch
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.timing import Ratio, alternate
-from mcrise_ray.tuning import PrecisionChoice, settle
+from mcrise_ray.tuning import BatchSizeChoice, PrecisionChoice, settle
 
 Part = Literal["overhead", "fills", "targets", "rise", "xaitk", "actors"]
 Contender = Literal["rise", "xaitk", "ours"]
@@ -69,7 +69,7 @@ class BenchSpec(StrictModel):
     image: str | None = None
     explain: ExplainSpec = ExplainSpec(masks=512)
     precision: PrecisionChoice = "auto"
-    batch_size: Literal["auto"] | int = "auto"
+    batch_size: BatchSizeChoice = "auto"
     threads: int | None = Field(default=None, ge=1)
     parts: tuple[Part, ...] = ("overhead", "fills", "targets", "rise", "actors")
     repeats: int = Field(default=5, ge=1)

@@ -44,8 +44,9 @@ _EXAMPLES: Final[dict[str, Any]] = {
 }
 _REQUIRED: Final = ("images", "model.model", "output")
 
-# Commented out in the example, because their defaults depend on the kind of the job.
-_DEPENDING: Final = frozenset({"explain.p_mask"})
+# Commented out in the example, because their defaults depend on the kind of the job, on whether a relative
+# error is asked for, and on the method.
+_DEPENDING: Final = frozenset({"explain.p_mask", "explain.masks", "explain.colors"})
 
 # Fields that hold part of another model, as free mappings.
 _PARTS: Final[dict[str, type[BaseModel]]] = {"model.preprocessing": Preprocessing}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +15,7 @@ from mcrise_ray.reid import P_MASK
 from mcrise_ray.reidspec import ReidSpec
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.targets import TargetChoice
-from mcrise_ray.tuning import PrecisionChoice
+from mcrise_ray.tuning import BatchSizeChoice, PrecisionChoice
 
 _FREE_TO_CHANGE = frozenset(
     {"output", "actors", "gpus_per_actor", "label_selector", "figures", "deadline", "max_retries"}
@@ -94,7 +94,7 @@ class JobSpec(StrictModel):
     gpus_per_actor: float | None = Field(default=None, ge=0)
     label_selector: dict[str, str] = Field(default_factory=dict)
     precision: PrecisionChoice = "auto"
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    batch_size: BatchSizeChoice = "auto"
     standard_error: bool = False
     original_size: bool = False
     figures: int = Field(default=100, ge=0)

@@ -93,7 +93,8 @@ class ExplainSpec(StrictModel):
 
     Args:
         method: `"mc-rise"` (eq. 9), `"debiased-rise"` (eq. 5) or `"rise"` (eq. 2).
-        masks: N, the number of masks; where a relative error is asked for, the most masks spent on it.
+        masks: N, the number of masks, 8000 by default; where a relative error is asked for, the most masks
+            spent on it, 100,000 by default.
         grid: (h, w), rows and columns of the cell grid.
         p_mask: probability that a cell is masked, strictly between 0 and 1; 0.5 by default, and 0.1 in jobs
             of kind `reid`.

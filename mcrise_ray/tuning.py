@@ -13,12 +13,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Generic, Literal
+from typing import Annotated, Any, Generic, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, UInt8
 from PIL import Image
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from mcrise_ray.batching import OUT_OF_MEMORY, candidates, fastest
@@ -46,7 +47,16 @@ PrecisionChoice = Literal[
     "bfloat16+compiled",
     "channels_last+bfloat16+compiled",
 ]
-BatchSizeChoice = int | Literal["auto"]
+
+
+def _check_batch_size(batch_size: object) -> Any:
+    # Before the union is tried, whose message would list the failure of each of its members.
+    if batch_size != "auto" and not (str(batch_size).isdigit() and int(str(batch_size))):
+        raise ValueError(f"expected auto or a whole number of at least 1, found {batch_size!r}")
+    return batch_size
+
+
+BatchSizeChoice = Annotated[Literal["auto"] | int, BeforeValidator(_check_batch_size)]
 Step = Literal["channels_last", "bfloat16", "onnxruntime", "compiled"]
 Scored = Callable[[AnyModel, UInt8[np.ndarray, "H W 3"]], BlackBox]
 """From a model and an image at its size to what is asked about that image while it is masked."""

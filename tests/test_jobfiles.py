@@ -68,6 +68,21 @@ def test_the_example_loads_to_the_defaults(tmp_path: Path) -> None:
     assert job == JobSpec(images=(str(tmp_path / "images"),), model=model, output=str(tmp_path / "results"))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("  relative_error: null", "  relative_error: 0.1", {"masks": 100_000, "relative_error": 0.1}),
+        ('  method: "mc-rise"', '  method: "rise"', {"method": "rise", "colors": ("#000000",)}),
+    ],
+)
+def test_what_is_changed_in_the_example_brings_its_own_defaults(
+    tmp_path: Path, old: str, new: str, found: dict
+) -> None:
+    assert old in example_job()
+    job = load_job(write(tmp_path, example_job().replace(old, new)))
+    assert job.explain.model_dump(include=set(found)) == found
+
+
 def test_the_example_names_and_explains_every_key() -> None:
     values = yaml.safe_load(example_job())
     for key in jobfiles._keys(JobSpec):
@@ -77,8 +92,8 @@ def test_the_example_names_and_explains_every_key() -> None:
             inside = inside[section]
         if sections[-1:] in (["preprocessing"], ["actors"], ["reid"]):
             assert f"#   {name}: " in example_job()
-        elif key == "explain.p_mask":
-            assert "  # p_mask: 0.5\n" in example_job()
+        elif key in jobfiles._DEPENDING:
+            assert f"\n  # {name}: " in example_job()
         else:
             assert name in inside, key
     lines = example_job().splitlines()
@@ -248,6 +263,9 @@ def test_what_only_looks_like_a_secret_passes() -> None:
         ({"deadline": 0}, r"deadline: "),
         ({"precision": "bfloat16"}, r"batch_size: expected a number beside precision bfloat16"),
         ({"precision": "float16"}, r"precision: .*found 'float16'"),
+        ({"batch_size": "x"}, r"^batch_size: expected auto or a whole number of at least 1, found 'x'$"),
+        ({"batch_size": 0}, r"^batch_size: expected auto or a whole number of at least 1, found 0$"),
+        ({"batch_size": True}, r"^batch_size: expected auto or a whole number of at least 1, found True$"),
         ({"label_selector": {"zone": 3}}, r"label_selector\.zone: "),
     ],
 )
