@@ -212,8 +212,7 @@ def _run_and_report(
         reporter_for(log_format(log), Console(stderr=True)) as reporter,
     ):
         summary = run_job(job, reporter, overwrite=overwrite)
-    figures: list[str] = []
-    draw_figures(job, figures.append)
+        figures = draw_figures(job, reporter)
     if log == "plain":
         _tell(job, summary, figures)
     if summary.errors:

@@ -29,6 +29,7 @@ from mcrise_ray.worker import InProcess, Setup, Worker
 
 _COUNTED = 1000  # shorter lists are counted before the start, for the progress bar
 _COUNT_FOR = 0.5  # seconds
+_TELL_EVERY = 5.0  # seconds of drawing
 
 
 @dataclass(frozen=True)
@@ -230,10 +231,16 @@ def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
     )
 
 
-def draw_figures(job: JobSpec, on_figure: Callable[[str], None]) -> None:
-    """Draw the first `job.figures` images of a finished job beside its maps, from what was committed."""
+def draw_figures(job: JobSpec, reporter: Reporter) -> list[str]:
+    """Draw the first `job.figures` images of a finished job beside its maps, from what was committed.
+
+    Returns:
+        Where the figures are.
+    """
     from mcrise_ray import render
 
+    drawn: list[str] = []
+    told = time.monotonic()
     results = read_results(job.output)
     prepare = Preprocessing(**results.job["model"]["preprocessing"]).prepare
 
@@ -249,7 +256,11 @@ def draw_figures(job: JobSpec, on_figure: Callable[[str], None]) -> None:
             for row in rows
         ]
         picture = render.draw(shown(rows[0].uri), lines)
-        on_figure(Store(job.output).write_figure(image_id, render.to_png(picture)))
+        drawn.append(Store(job.output).write_figure(image_id, render.to_png(picture)))
+        if time.monotonic() - told > _TELL_EVERY:
+            told = time.monotonic()
+            reporter.note(f"{len(drawn)} figures drawn, of {job.figures} at most")
+    return drawn
 
 
 def _count_if_short(source: ImageSource) -> tuple[Iterator[ImageRef], int | None]:
@@ -288,6 +299,6 @@ def _match(row: MapRow, shown: Callable[[str], np.ndarray]) -> tuple[str, np.nda
 
 def _title(row: MapRow) -> str:
     if isinstance(row, MatchRow):
-        return f"query\n{row.image_id[-30:]}\nscore {row.score:.3f}"
-    name = f"{row.target_name} ({row.target})" if row.target_name else f"class {row.target}"
-    return f"{row.target_role}\n{name}\nscore {row.score:.3f}"
+        return f"query\n{row.image_id[-30:]}\nscore {row.score:.3g}"
+    name = f"{row.target_name}\n" if row.target_name else ""
+    return f"{row.target_role}, class {row.target}\n{name}score {row.score:.3g}"

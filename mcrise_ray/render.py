@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -18,6 +19,9 @@ from mcrise_ray.spec import color_name
 # Neither end is one of the palettes' colours, so that a heat map is not mistaken for its fill.
 _DIVERGING = "PuOr_r"
 _SEQUENTIAL = "viridis"
+
+MOST_LINES = 12  # of a figure, one per target: more make pictures of which programs refuse to show the height
+_TITLE_WIDTH = 28  # characters
 
 _MEANING = {
     "mc-rise": "change of the {score} when a pixel takes the colour",
@@ -37,7 +41,7 @@ class FigureRow:
         title: of the input.
         method, colors: of the maps.
         maps: one per colour for MC-RISE, a single one for the RISE methods.
-        relative_error: where known.
+        relative_error: None where unknown, as of a single mask.
         match: the gallery image whose similarity to the input is explained.
     """
 
@@ -64,7 +68,10 @@ def draw(image: UInt8[np.ndarray, "H W 3"], rows: Sequence[FigureRow]) -> Figure
     """One line per target: input, match, maps under the swatch of their colour, one scale and bar a line.
 
     The scale of MC-RISE and debiased RISE is symmetric about zero; RISE, which has no zero, spans its range.
+    Of very many targets the first are drawn, and the figure says how many are not.
     """
+    left_out = len(rows) - len(rows[:MOST_LINES])
+    rows = rows[:MOST_LINES]
     pictures = 1 + any(row.match is not None for row in rows)
     columns = pictures + max(len(row.maps) for row in rows)
     aspect = image.shape[0] / image.shape[1]
@@ -77,7 +84,7 @@ def draw(image: UInt8[np.ndarray, "H W 3"], rows: Sequence[FigureRow]) -> Figure
             axis.set_axis_off()
         for axis, (title, picture) in zip(line, _pictures(image, row), strict=False):
             axis.imshow(picture)
-            axis.set_title(title, fontsize=8)
+            axis.set_title(_in_lines(title), fontsize=8)
         norm = _scale(row)
         palette = _SEQUENTIAL if row.method == "rise" else _DIVERGING
         for axis, color, heat in zip(line[pictures:], row.colors, row.maps, strict=False):
@@ -85,10 +92,13 @@ def draw(image: UInt8[np.ndarray, "H W 3"], rows: Sequence[FigureRow]) -> Figure
             if color is not None:
                 _swatch(axis, color, aspect)
         error = row.relative_error
-        note = "" if error is None or not np.isfinite(error) else f"\nrelative error {error:.2f}"
+        known = error is not None and np.isfinite(error)
+        note = f"\nrelative error {error:.2f}" if known else "\nrelative error unknown"
         bar = figure.colorbar(shown, ax=list(line), fraction=0.05, pad=0.01)
         bar.set_label(_wrap(row.meaning) + note, fontsize=6)
         bar.ax.tick_params(labelsize=6)
+    if left_out:
+        figure.supxlabel(f"and {left_out} more targets, which are in maps/ alone", fontsize=8)
     return figure
 
 
@@ -97,6 +107,11 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140)
     return buffer.getvalue()
+
+
+def _in_lines(title: str) -> str:
+    """As wide as a picture; of class names that list every synonym, the beginning."""
+    return "\n".join(fill(line, _TITLE_WIDTH, max_lines=2, placeholder=" ...") for line in title.splitlines())
 
 
 def _pictures(image: UInt8[np.ndarray, "H W 3"], row: FigureRow) -> list[Picture]:

@@ -21,7 +21,7 @@ from reporting import Silent
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
-from mcrise_ray import cluster, errors
+from mcrise_ray import cluster, errors, jobs, render
 from mcrise_ray.cli import app
 from mcrise_ray.jobs import draw_figures, run_job
 from mcrise_ray.jobspec import JobSpec
@@ -351,12 +351,38 @@ def test_labels_of_a_manifest_are_explained_beside_the_prediction(folder: Path, 
 def test_one_figure_per_image_whatever_its_name(folder: Path, tmp_path: Path) -> None:
     spec = job(folder / "deep", tmp_path / "out", figures=5)
     run_job(spec, Silent())
-    drawn: list[str] = []
-    draw_figures(spec, drawn.append)
+    drawn = draw_figures(spec, Silent())
     assert len(set(drawn)) == 2
     for path in drawn:
         with Image.open(path) as figure:
             assert figure.width > 600
+
+
+def test_drawing_tells_how_far_it_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = job(folder / "deep", tmp_path / "out", figures=5)
+    run_job(spec, Silent())
+    monkeypatch.setattr(jobs, "_TELL_EVERY", 0.0)
+    reporter = Silent()
+    draw_figures(spec, reporter)
+    assert reporter.notes == ["1 figures drawn, of 5 at most", "2 figures drawn, of 5 at most"]
+
+
+def test_a_figure_of_many_targets_draws_the_first_and_says_so() -> None:
+    """Names with every synonym stay above their picture, and an unknown error is no error of none."""
+    name = "coho, cohoe, coho salmon, blue jack, silver salmon, Oncorhynchus kisutch"
+    maps = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 2, 2)
+    rows = [
+        render.FigureRow(f"top{place}\n{name}", "mc-rise", ("#ff0000", "#000000"), maps, error)
+        for place, error in enumerate([0.25, None, float("nan"), *[0.5] * 17])
+    ]
+    figure = render.draw(np.zeros((8, 8, 3), np.uint8), rows)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title().startswith("top")]
+    assert titles[0] == "top0\ncoho, cohoe, coho salmon,\nblue jack, silver ..."
+    assert len(titles) == render.MOST_LINES == 12
+    assert figure.get_supxlabel() == "and 8 more targets, which are in maps/ alone"
+    labels = [axis.get_ylabel().splitlines()[-1] for axis in figure.axes if axis.get_ylabel()]
+    assert labels[:4] == ["relative error 0.25", *["relative error unknown"] * 2, "relative error 0.50"]
+    assert render.draw(np.zeros((8, 8, 3), np.uint8), rows[:12]).get_supxlabel() == ""
 
 
 # The ledger, without any worker.

@@ -496,12 +496,11 @@ def test_one_figure_per_query_with_a_line_for_each_match(folder: Path, tmp_path:
 
     spec = job(folder, tmp_path / "out", figures=2)
     run(spec)
-    drawn: list[str] = []
     seen: list[Any] = []
     draw = render.draw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(render, "draw", lambda image, rows: seen.append((image, rows)) or draw(image, rows))
-        draw_figures(spec, drawn.append)
+        drawn = draw_figures(spec, Silent())
     assert len(drawn) == len(seen) == 2
     image, lines = seen[0]
     embedder = mr.load_embedder(spec.model)
