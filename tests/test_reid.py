@@ -206,7 +206,7 @@ def test_a_figure_shows_the_query_its_match_and_one_map_per_colour() -> None:
     np.testing.assert_array_equal(shown[9 + 4], maps[1, 4])
     bars = [axis.get_ylabel() for axis in figure.axes if not axis.images and axis.get_ylabel()]
     assert bars[0] == "change of the similarity\nwhen a pixel takes the colour\nrelative error 0.20"
-    assert bars[1] == "change of the similarity\nwhen a pixel takes the colour"
+    assert bars[1] == "change of the similarity\nwhen a pixel takes the colour\nrelative error unknown"
     assert render.to_png(figure).startswith(b"\x89PNG")
 
 
