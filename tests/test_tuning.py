@@ -24,7 +24,7 @@ from mcrise_ray.explainer import Subject
 from mcrise_ray.masks import draw
 from mcrise_ray.memory import free_memory, keep_freed
 from mcrise_ray.models import Model
-from mcrise_ray.precision import Execution, Precision, apply
+from mcrise_ray.precision import Adapted, Execution, Precision, apply
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.scores import Classifier, ask
 from mcrise_ray.timing import speed_ratio
@@ -268,6 +268,49 @@ def test_two_workers_get_the_same_bits_as_the_one_that_settled(channels_last: bo
         result = mr.explain(model, IMAGE, [0, 3], mr.ExplainSpec(masks=100), batch_size=8)
         maps.append(result.maps)
     np.testing.assert_array_equal(maps[0], maps[1])
+
+
+class StandardizedConv(nn.Conv2d):
+    """Computes with its weights in float32 before they are used, as those of NFNets do."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean()) / self.weight.std()
+        return self._conv_forward(images, weight, self.bias)
+
+
+class ManyLayers(nn.Module):
+    """One of each kind whose weights matter in a way of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        hooked = nn.utils.weight_norm(nn.Conv2d(8, 8, 3))
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), StandardizedConv(8, 8, 3), hooked
+        )  # fmt: skip
+        self.attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 5)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.attention(self.body(images).flatten(2).mT).mean(dim=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("can_be_copied", [True, False])
+def test_weights_that_are_cast_once_give_the_bits_of_those_cast_in_every_call(can_be_copied: bool) -> None:
+    network, images = ManyLayers(), torch.rand(4, 3, 16, 16)
+    if can_be_copied:
+        with torch.no_grad():
+            network(images)  # then the weight that the hook has computed has no history
+    asked = Adapted(network, Precision(bfloat16=True), 4)
+    expected = torch.bfloat16 if can_be_copied else torch.float32
+    assert asked.network.body[0].weight.dtype == asked.network.head.weight.dtype == expected
+    assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}, "of others as they were"
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = network(images)
+    with torch.inference_mode():
+        assert torch.equal(asked(images), expected)
 
 
 def test_a_plan_that_this_machine_cannot_follow_is_an_error() -> None:
