@@ -242,6 +242,11 @@ def _tell(job: JobSpec, summary: Summary, figures: list[str]) -> None:
             f"{summary.missed} images have a larger relative error than {job.explain.relative_error} after "
             "as many masks as they may have: raise --masks"
         )
+    if summary.unpicked:
+        print(
+            f"{summary.unpicked} images were explained as by --estimator control-variate: for many targets, "
+            "scores that are no probabilities, or where that promised as little noise"
+        )
     if summary.halved:
         print(f"{summary.halved} calls ran with half their batch: the last bits of their maps may differ")
     print(f"results: {job.output}/maps, read with mcrise_ray.read_results({job.output!r})")

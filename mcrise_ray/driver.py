@@ -69,6 +69,8 @@ def _run(file: str | None, reporter: ConsoleReporter | JsonReporter) -> int:
         )
         if summary.missed:
             reporter.note(f"{summary.missed} images have a larger relative error than was asked for")
+        if summary.unpicked:
+            reporter.note(f"{summary.unpicked} images were explained as by the estimator control-variate")
     except KeyboardInterrupt:
         reporter.tell("note", "stopped; submit the same job again to resume", "warning")
         return 130

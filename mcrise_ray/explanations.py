@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float32, Float64
 
 from mcrise_ray.saliency import Partial
-from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.spec import Estimator, ExplainSpec
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Explanation:
         score: `(L,)`, of the unmasked image.
         targets: the L class indices.
         masks: the N used.
+        estimator: that made the maps: `importance` where masks were picked, and `control-variate` where that
+            was asked for but no mask was.
         spec: what was asked for.
     """
 
@@ -41,14 +43,27 @@ class Explanation:
     score: Float64[np.ndarray, " L"]
     targets: tuple[int, ...]
     masks: int
+    estimator: Estimator
     spec: ExplainSpec
 
 
 def explanation(
-    spec: ExplainSpec, targets: Sequence[int], score: Float64[np.ndarray, " L"], total: Partial
+    spec: ExplainSpec,
+    targets: Sequence[int],
+    score: Float64[np.ndarray, " L"],
+    total: Partial,
+    *,
+    picked: bool = False,
 ) -> Explanation:
     """The maps of a reduction over all units; of one target after the other, which takes less memory and so
     less time.
+
+    Args:
+        spec: what was asked for.
+        targets: class indices.
+        score: of the unmasked image.
+        total: the sums.
+        picked: some of the masks were.
     """
     # Predictions leave so little to be summed that float32 rounds it finer than the maps.
     dtype = torch.float64 if spec.estimator == "paper" else torch.float32
@@ -75,5 +90,6 @@ def explanation(
         score=score,
         targets=tuple(targets),
         masks=total.masks,
+        estimator="control-variate" if spec.estimator == "importance" and not picked else spec.estimator,
         spec=spec,
     )

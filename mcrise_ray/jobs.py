@@ -48,6 +48,8 @@ class Summary:
         halved: calls repeated with half the batch for lack of memory; the last bits of their images may
             differ from those of an undisturbed run.
         missed: images of this run whose maps have a larger relative error than was asked for.
+        unpicked: images of this run whose masks were not picked, though the estimator is `importance` and
+            there were enough of them.
         retrieval: how well the queries of a ReID job were matched, where people are known.
     """
 
@@ -61,6 +63,7 @@ class Summary:
     replaced: int = 0
     halved: int = 0
     missed: int = 0
+    unpicked: int = 0
     retrieval: Retrieval | None = None
 
 
@@ -168,6 +171,7 @@ def _run(
         tally.replaced,
         tally.halved,
         counts.missed,
+        counts.unpicked,
         retrieval,
     )
 

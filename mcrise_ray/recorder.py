@@ -18,6 +18,7 @@ from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.lease import Lease
 from mcrise_ray.models import ModelFacts
+from mcrise_ray.plan import stages
 from mcrise_ray.progress import Reporter
 from mcrise_ray.store import Committed, ErrorRow, MapRow, MatchRow, Store
 from mcrise_ray.tasks import Ended, Failed, Finished, GalleryMatch, Query, Target
@@ -36,7 +37,8 @@ _BACKLOG = 32  # finished images that may wait to be written
 @dataclass
 class Counts:
     """What has become of the images: `earlier` of them in runs before this one; in this one, `missed` of them
-    the relative error that was asked for.
+    the relative error that was asked for, and `unpicked` of them had no masks picked, which was asked for
+    and for which there were masks enough.
     """
 
     images: int = 0
@@ -45,6 +47,7 @@ class Counts:
     masks: int = 0
     earlier: int = 0
     missed: int = 0
+    unpicked: int = 0
 
 
 class Recorder:
@@ -122,6 +125,8 @@ class Recorder:
         wanted = self._job.explain.relative_error
         errors = image.explanation.relative_error.tolist()
         self.counts.missed += wanted is not None and any(error > wanted for error in errors)
+        spec = self._job.explain
+        self.counts.unpicked += bool(stages(spec, 1)) and image.explanation.estimator != spec.estimator
         if np.isfinite(worst):
             self._relative_errors.append(worst)
             self._reporter.relative_error(float(np.median(self._relative_errors)))

@@ -363,7 +363,7 @@ def conclude(spec: ExplainSpec, work: Conclude, device: torch.device | str = "cp
             total = residual_unit(spec, work.size, Unit(0, 0, len(scores)), scores, fit)
     assert total is not None
     if work.look:
-        found = explanation(spec, work.targets, work.score, total)
+        found = explanation(spec, work.targets, work.score, total, picked=work.guide is not None)
         if work.last or enough(spec, found.relative_error, found.masks):
             return Conclusion(found, None, None)
     if work.learn and guide is None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from mcrise_ray.errors import SpecError
 
+Estimator = Literal["importance", "control-variate", "paper"]
 Method = Literal["rise", "debiased-rise", "mc-rise"]
 
 COLOR_NAMES = {
@@ -117,7 +118,7 @@ class ExplainSpec(StrictModel):
     p_mask: float = 0.5
     colors: tuple[str, ...] = PALETTES["paper5"]
     seed: int = 0
-    estimator: Literal["importance", "control-variate", "paper"] = "importance"
+    estimator: Estimator = "importance"
     relative_error: float | None = None
 
     @model_validator(mode="before")

@@ -168,8 +168,9 @@ def test_much_less_noise_than_control_variates_where_scores_are_rare_events() ->
     spread = []
     for estimator in ("control-variate", "importance"):
         spec = ExplainSpec(estimator=estimator, **settings)
-        score = rare(spec, (12, 12))
-        spread.append((picked(spec, (12, 12), score).standard_error ** 2).mean())
+        result = picked(spec, (12, 12), rare(spec, (12, 12)))
+        assert result.estimator == estimator
+        spread.append((result.standard_error**2).mean())
     assert spread[0] / spread[1] > 3
 
 
@@ -423,6 +424,7 @@ def test_without_a_guide_the_maps_are_those_of_control_variates(
     for name in ("maps", "raw", "baseline", "standard_error"):
         np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
     assert found[0].masks == found[1].masks == 1024
+    assert found[0].estimator == found[1].estimator == "control-variate"
 
 
 def test_scores_that_are_small_behind_all_masks_are_learnt_as_well() -> None:

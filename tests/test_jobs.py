@@ -385,6 +385,20 @@ def test_a_figure_of_many_targets_draws_the_first_and_says_so() -> None:
     assert render.draw(np.zeros((8, 8, 3), np.uint8), rows[:12]).get_supxlabel() == ""
 
 
+def test_images_whose_masks_are_not_picked_though_that_is_asked_for_are_counted(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Logits are no probabilities; of 300 masks, nobody expects any to be picked."""
+    logits = NETWORK.model_copy(update={"preprocessing": {"size": (20, 24), "activation": "none"}})
+    for masks, estimator, count in ((1024, "importance", 2), (300, "importance", 0), (1024, "paper", 0)):
+        explain = ExplainSpec(masks=masks, grid=(4, 4), estimator=estimator)
+        spec = job(folder / "deep", tmp_path / f"{estimator}{masks}", model=logits, explain=explain)
+        summary = run_job(spec, Silent())
+        assert (summary.images, summary.unpicked) == (2, count)
+        told = json.loads((tmp_path / f"{estimator}{masks}" / "job.json").read_text())
+        assert told["counts"]["unpicked"] == count
+
+
 # The ledger, without any worker.
 
 
