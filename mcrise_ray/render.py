@@ -21,7 +21,7 @@ _DIVERGING = "PuOr_r"
 _SEQUENTIAL = "viridis"
 
 MOST_LINES = 12  # of a figure, one per target: more make pictures of which programs refuse to show the height
-_TITLE_WIDTH = 28  # characters
+_TITLE_WIDTH = 30  # characters
 
 _MEANING = {
     "mc-rise": "change of the {score} when a pixel takes the colour",

@@ -51,7 +51,7 @@ PrecisionChoice = Literal[
 
 def _check_batch_size(batch_size: object) -> Any:
     # Before the union is tried, whose message would list the failure of each of its members.
-    if batch_size != "auto" and not (str(batch_size).isdigit() and int(str(batch_size))):
+    if batch_size != "auto" and not (str(batch_size).isdecimal() and int(str(batch_size))):
         raise ValueError(f"expected auto or a whole number of at least 1, found {batch_size!r}")
     return batch_size
 

@@ -377,7 +377,7 @@ def test_a_figure_of_many_targets_draws_the_first_and_says_so() -> None:
     ]
     figure = render.draw(np.zeros((8, 8, 3), np.uint8), rows)
     titles = [axis.get_title() for axis in figure.axes if axis.get_title().startswith("top")]
-    assert titles[0] == "top0\ncoho, cohoe, coho salmon,\nblue jack, silver ..."
+    assert titles[0] == "top0\ncoho, cohoe, coho salmon, blue\njack, silver salmon, ..."
     assert len(titles) == render.MOST_LINES == 12
     assert figure.get_supxlabel() == "and 8 more targets, which are in maps/ alone"
     labels = [axis.get_ylabel().splitlines()[-1] for axis in figure.axes if axis.get_ylabel()]
