@@ -131,8 +131,8 @@ class Adapted(nn.Module):
 
 def _with_cast_weights(network: nn.Module) -> nn.Module:
     """A copy whose layers hold in bfloat16 what autocast would cast again in every call: the same bits, but
-    casting takes as long as a ResNet-50 takes for two images. A network that cannot be copied is left as it
-    is.
+    casting the weights of a ResNet-50 takes longer than it takes for an image of 96 x 96 pixels. A network
+    that cannot be copied is left as it is.
     """
     try:
         network = copy.deepcopy(network)

@@ -70,7 +70,7 @@ def draw(image: UInt8[np.ndarray, "H W 3"], rows: Sequence[FigureRow]) -> Figure
     The scale of MC-RISE and debiased RISE is symmetric about zero; RISE, which has no zero, spans its range.
     Of very many targets the first are drawn, and the figure says how many are not.
     """
-    left_out = len(rows) - len(rows[:MOST_LINES])
+    left_out = max(0, len(rows) - MOST_LINES)
     rows = rows[:MOST_LINES]
     pictures = 1 + any(row.match is not None for row in rows)
     columns = pictures + max(len(row.maps) for row in rows)
