@@ -36,7 +36,10 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs of which the median is taken.")] = 5,
     seeds: Annotated[
-        int, typer.Option(min=0, help="Measure standard errors with so many seeds, for times to equal error.")
+        int,
+        typer.Option(
+            min=0, help="Measure standard errors with so many seeds, for times to equal error (rise, xaitk)."
+        ),
     ] = 0,
     images: Annotated[int, typer.Option(min=1, help="Images of the jobs of actors.")] = 4,
     price_per_hour: Annotated[float | None, typer.Option(help="Of this machine, for costs.")] = None,

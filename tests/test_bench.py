@@ -71,6 +71,23 @@ def test_xaitk_explains_the_same_thing() -> None:
         assert np.corrcoef(theirs[k, 1].ravel(), ours[1, k].ravel())[0, 1] > 0.6
 
 
+def test_xaitk_errs_as_equation_9_does() -> None:
+    """Where p_mask is 0.5, beside the scale of each map, which is its own."""
+    pytest.importorskip("xaitk_saliency", reason="needs the extra bench")
+    spec = mr.ExplainSpec(masks=100, grid=(4, 4), colors="red,blue", estimator="paper")
+    truth = mr.explain(black_box, IMAGE, [1], spec.model_copy(update={"masks": 20_000})).maps[0].ravel()
+    seeds = [spec.model_copy(update={"seed": seed}) for seed in range(60)]
+    theirs = [xaitk_mc_rise(black_box, 2, IMAGE, seeded)[:, 1].ravel() for seeded in seeds]
+    ours = [mr.explain(black_box, IMAGE, [1], seeded).maps[0].ravel() for seeded in seeds]
+    assert _relative_variance(theirs, truth) == pytest.approx(_relative_variance(ours, truth), rel=0.15)
+
+
+def _relative_variance(maps: list[np.ndarray], truth: np.ndarray) -> float:
+    """Of maps that are scaled to fit the truth best."""
+    scaled = [one * (one @ truth) / (one @ one) for one in maps]
+    return float(np.mean([((one - truth) ** 2).sum() for one in scaled]) / (truth**2).sum())
+
+
 def test_without_xaitk_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "xaitk_saliency.impls.gen_image_classifier_blackbox_sal.mc_rise"
     monkeypatch.setitem(sys.modules, name, None)
@@ -131,9 +148,21 @@ def test_xaitk_says_where_memory_ends(case: Case, monkeypatch: pytest.MonkeyPatc
     peaks = {("xaitk", 64): 3 * 2**30, ("xaitk", 128): 4 * 2**30, ("ours", 64): 2**20}
     monkeypatch.setattr(bench, "memory_beyond_model", lambda case, spec, what: peaks[what, spec.masks])
     monkeypatch.setattr(bench, "xaitk_mc_rise", lambda *arguments: None)
-    (ratio,) = bench.xaitk(case)
+    equal_n, equal_error = bench.xaitk(case)
     # A GiB more for each 64 masks more.
-    assert "exceeds 24 GiB at N = 1,408" in ratio.remark
+    assert "exceeds 24 GiB at N = 1,408" in equal_n.remark
+    assert equal_error.name == "MC-RISE of xaitk / ours, equal error"
+    assert re.fullmatch(r"N = 64 / \d+; standard errors [\d.]+ / [\d.]+", equal_error.remark)
+
+
+def test_the_error_of_xaitk_is_not_told_where_its_weights_are_its_own(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "memory_beyond_model", lambda case, spec, what: 0)
+    monkeypatch.setattr(bench, "xaitk_mc_rise", lambda *arguments: None)
+    explain = mr.ExplainSpec(masks=64, p_mask=0.3)
+    (ratio,) = bench.xaitk(replace(case, bench=case.bench.model_copy(update={"explain": explain})))
+    assert ratio.name == "MC-RISE of xaitk / ours, equal N"
 
 
 @pytest.mark.parametrize(("goal", "masks"), [(1e-3, 1000), (0.9e-3, 1000), (2e-3, 500), (3e-3, 333), (1, 62)])
