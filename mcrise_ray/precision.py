@@ -26,7 +26,7 @@ from mcrise_ray.spec import StrictModel
 
 AnyModel = TypeVar("AnyModel", Model, Embedder)
 
-STEPS: Final = ("channels_last", "bfloat16", "onnxruntime", "compiled")
+STEPS: Final = ("channels_last", "bfloat16", "float16", "onnxruntime", "compiled")
 """What may be done to a network, in the order in which it is tried."""
 
 
@@ -40,6 +40,7 @@ class Precision(StrictModel):
     Args:
         channels_last: weights and images with their channels last in memory.
         bfloat16: torch's autocast.
+        float16: the same in float16, which rounds an eighth as much, but ends at 65,504; not with bfloat16.
         onnxruntime: converted, and run by ONNX Runtime in float32; of the CPU, and with none of the others.
         compiled: whole batches by torch.compile; shorter ones without.
         difference: of the scores from float32, over the scores' spread: root mean squares; this and the next
@@ -51,6 +52,7 @@ class Precision(StrictModel):
 
     channels_last: bool = False
     bfloat16: bool = False
+    float16: bool = False
     onnxruntime: bool = False
     compiled: bool = False
     difference: float | None = Field(default=None, ge=0)
@@ -59,9 +61,11 @@ class Precision(StrictModel):
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _onnxruntime_is_alone(self) -> Precision:
-        if self.onnxruntime and (self.channels_last or self.bfloat16 or self.compiled):
+    def _steps_fit_together(self) -> Precision:
+        if self.onnxruntime and any(getattr(self, step) for step in STEPS if step != "onnxruntime"):
             raise ValueError("expected onnxruntime alone, because it runs the network instead of torch")
+        if self.bfloat16 and self.float16:
+            raise ValueError("expected bfloat16 or float16, found both")
         return self
 
     @classmethod
@@ -74,6 +78,13 @@ class Precision(StrictModel):
     def is_float32(self) -> bool:
         """Nothing is done to the network."""
         return not any(getattr(self, step) for step in STEPS)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What autocast computes in; None without it."""
+        if self.bfloat16:
+            return torch.bfloat16
+        return torch.float16 if self.float16 else None
 
     def __str__(self) -> str:
         if self.is_float32:
@@ -116,7 +127,8 @@ class Adapted(nn.Module):
 
     def __init__(self, network: nn.Module, precision: Precision, batch_size: int) -> None:
         super().__init__()
-        self.network = _with_cast_weights(network) if precision.bfloat16 else network
+        dtype = precision.autocast
+        self.network = network if dtype is None else _with_cast_weights(network, dtype)
         self._precision, self._batch_size = precision, batch_size
         self._compiled = _compiled(self.network) if precision.compiled else None
 
@@ -125,14 +137,15 @@ class Adapted(nn.Module):
         images = images.contiguous(memory_format=layout_of(self._precision))
         whole = self._compiled is not None and len(images) == self._batch_size
         network = self._compiled if whole else self.network
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._precision.bfloat16):
+        dtype = self._precision.autocast
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             return network(images)  # type: ignore[misc]
 
 
-def _with_cast_weights(network: nn.Module) -> nn.Module:
-    """A copy whose layers hold in bfloat16 what autocast would cast again in every call: the same bits, but
-    casting the weights of a ResNet-50 takes longer than it takes for an image of 96 x 96 pixels. A network
-    that cannot be copied is left as it is.
+def _with_cast_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose layers hold in that precision what autocast would cast again in every call: the same
+    bits, but casting the weights of a ResNet-50 takes longer than it takes for an image of 96 x 96 pixels. A
+    network that cannot be copied is left as it is.
     """
     try:
         network = copy.deepcopy(network)
@@ -140,7 +153,7 @@ def _with_cast_weights(network: nn.Module) -> nn.Module:
         return network
     for layer in network.modules():
         if type(layer) in _CAST and not layer._forward_pre_hooks:
-            layer.to(torch.bfloat16)
+            layer.to(dtype)
     return network
 
 

@@ -40,12 +40,16 @@ PrecisionChoice = Literal[
     "float32",
     "channels_last",
     "bfloat16",
+    "float16",
     "onnxruntime",
     "compiled",
     "channels_last+bfloat16",
+    "channels_last+float16",
     "channels_last+compiled",
     "bfloat16+compiled",
+    "float16+compiled",
     "channels_last+bfloat16+compiled",
+    "channels_last+float16+compiled",
 ]
 
 
@@ -57,7 +61,7 @@ def _check_batch_size(batch_size: object) -> Any:
 
 
 BatchSizeChoice = Annotated[Literal["auto"] | int, BeforeValidator(_check_batch_size)]
-Step = Literal["channels_last", "bfloat16", "onnxruntime", "compiled"]
+Step = Literal["channels_last", "bfloat16", "float16", "onnxruntime", "compiled"]
 Scored = Callable[[AnyModel, UInt8[np.ndarray, "H W 3"]], BlackBox]
 """From a model and an image at its size to what is asked about that image while it is masked."""
 
@@ -69,6 +73,7 @@ LARGEST_DIFFERENCE = 0.05
 
 _COMPARED = 64  # masked images
 _AT_ONCE = {"cpu": 16, "cuda": 64}  # large batches fall out of a CPU's caches, small ones leave a GPU idle
+_FAST_IN_FLOAT16 = {"cuda"}  # a CPU without instructions for it takes many times as long as for float32
 _GAIN = 1.05  # what gains less is not worth a rounding
 _REPEATS = 5
 _FEW = 1000  # masks; the trials cost a few hundred
@@ -104,9 +109,9 @@ def settle(
         spec: of the masks.
         image: one of the job's, of any size; where there is none yet, random colours stand in.
         scored: whose scores are compared; those of the model itself by default.
-        precision: `"float32"` changes nothing; `"auto"` tries channels_last, bfloat16, ONNX Runtime in place
-            of torch, and torch.compile on top of what was kept of the first two; steps that are named are
-            taken untried, for a batch size that is given.
+        precision: `"float32"` changes nothing; `"auto"` tries channels_last, bfloat16 (on a GPU float16 where
+            that is not kept), ONNX Runtime in place of torch, and torch.compile on top of what was kept of
+            the first; steps that are named are taken untried, for a batch size that is given.
         batch_size: `"auto"` tries several.
         masks: how many one worker will score, where that is known: trials are not worth it for a few.
         memory_share: of the memory that is free now, which the batches may take.
@@ -180,7 +185,9 @@ class _Trials(Generic[AnyModel]):
         self.notes: list[str] = []
 
     def try_eager(self) -> None:
-        """Try channels_last, then bfloat16."""
+        """Try channels_last, then bfloat16; on a GPU float16 where that is not kept, because the scores need
+        more digits, or because GPUs of before 2020 are fast in float16 alone.
+        """
         while self._reference is None:
             try:
                 self._reference = self._scores(self.kept, self._at_once)
@@ -191,6 +198,8 @@ class _Trials(Generic[AnyModel]):
         steps: tuple[Step, ...] = ("channels_last", "bfloat16")
         for step in steps:
             self._try(step, self._at_once)
+        if not self.kept.precision.bfloat16 and self.kept.model.device.type in _FAST_IN_FLOAT16:
+            self._try("float16", self._at_once)
         self._eager = self.kept
 
     def try_onnxruntime(self) -> None:

@@ -262,7 +262,7 @@ def test_what_only_looks_like_a_secret_passes() -> None:
         ({"max_retries": -1}, r"max_retries: "),
         ({"deadline": 0}, r"deadline: "),
         ({"precision": "bfloat16"}, r"batch_size: expected a number beside precision bfloat16"),
-        ({"precision": "float16"}, r"precision: .*found 'float16'"),
+        ({"precision": "float8"}, r"precision: .*found 'float8'"),
         ({"batch_size": "x"}, r"^batch_size: expected auto or a whole number of at least 1, found 'x'$"),
         ({"batch_size": 0}, r"^batch_size: expected auto or a whole number of at least 1, found 0$"),
         ({"batch_size": True}, r"^batch_size: expected auto or a whole number of at least 1, found True$"),

@@ -40,7 +40,7 @@ class Scripted(nn.Module):
 
     Args:
         slow_unless: what makes it fast: `bfloat16`, `channels_last`, or `compiled` (not it itself).
-        drift: what autocast does to its logits.
+        drift: what autocast in bfloat16 does to its logits.
     """
 
     def __init__(self, slow_unless: str | None = None, drift: float = 0.0) -> None:
@@ -57,7 +57,8 @@ class Scripted(nn.Module):
         fast = {"bfloat16": autocast, "channels_last": last, "compiled": False, None: True}[self.slow_unless]
         time.sleep(0.0 if fast else 0.02)
         logits = self.head(self.conv(images).relu().mean(dim=(2, 3)))
-        return logits + self.drift * autocast * torch.arange(5) * images[:, 0].mean((1, 2))[:, None]
+        drift = self.drift if autocast and torch.get_autocast_dtype("cpu") == torch.bfloat16 else 0.0
+        return logits + drift * torch.arange(5) * images[:, 0].mean((1, 2))[:, None]
 
 
 def model_of(network: nn.Module) -> Model:
@@ -120,6 +121,38 @@ def test_scores_that_drift_keep_float32() -> None:
     assert not chosen.bfloat16
     assert any("bfloat16" in note and "beyond 3%" in note and "not kept" in note for note in chosen.notes)
     np.testing.assert_allclose(scores(settled.model, images), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("drift", "kept"), [(0.0, "bfloat16"), (1.0, "float16")])
+def test_a_gpu_may_need_the_digits_of_float16(
+    monkeypatch: pytest.MonkeyPatch, drift: float, kept: str
+) -> None:
+    """Untested on a GPU: here a CPU is said to be as fast in it."""
+    monkeypatch.setattr(tuning, "_FAST_IN_FLOAT16", {"cpu"})
+    monkeypatch.setattr(tuning, "speed_ratio", lambda base, trial, repeats: 2.0)
+    settled = settle(model_of(Scripted(drift=drift)), SPEC, IMAGE, batch_size=8)
+    assert str(settled.execution.precision).startswith(f"channels_last+{kept} (4 times as fast")
+    assert any(note.startswith("float16: ") for note in settled.execution.precision.notes) == (drift > 0)
+
+
+def test_a_cpu_does_not_try_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "speed_ratio", lambda base, trial, repeats: 2.0)
+    settled = settle(model_of(Scripted(drift=1.0)), SPEC, IMAGE, batch_size=8)
+    assert not any(note.startswith("float16") for note in settled.execution.precision.notes)
+
+
+def test_float16_that_overflows_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_FAST_IN_FLOAT16", {"cpu"})
+    monkeypatch.setattr(tuning, "speed_ratio", lambda base, trial, repeats: 2.0)
+    network = Scripted(drift=1.0)
+    with torch.no_grad():
+        network.head.bias[:] = 1e5  # of all classes, which softmax does not see
+    settled = settle(model_of(network), SPEC, IMAGE, batch_size=8)
+    assert not settled.execution.precision.float16
+    assert any(
+        re.match("float16: fails, ScoreError: expected finite scores", note)
+        for note in settled.execution.precision.notes
+    )
 
 
 def test_what_is_not_faster_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +237,8 @@ def test_without_onnxruntime_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_onnxruntime_runs_a_network_alone() -> None:
     with pytest.raises(SpecError, match="expected onnxruntime alone"):
         Precision(onnxruntime=True, channels_last=True)
+    with pytest.raises(SpecError, match="expected bfloat16 or float16, found both"):
+        Precision(bfloat16=True, float16=True)
 
 
 def test_little_work_is_not_compiled_and_less_not_tried() -> None:
@@ -215,7 +250,9 @@ def test_little_work_is_not_compiled_and_less_not_tried() -> None:
     assert few.batch_size == 64
 
 
-@pytest.mark.parametrize("steps", [("channels_last",), ("bfloat16",), ("channels_last", "bfloat16")])
+@pytest.mark.parametrize(
+    "steps", [("channels_last",), ("bfloat16",), ("channels_last", "bfloat16"), ("channels_last", "float16")]
+)
 def test_what_was_found_before_is_taken_untried(steps: tuple[str, ...]) -> None:
     """And gives the bits of the run that found it."""
     name = "+".join(steps)
@@ -298,16 +335,20 @@ class ManyLayers(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("can_be_copied", [True, False])
-def test_weights_that_are_cast_once_give_the_bits_of_those_cast_in_every_call(can_be_copied: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_are_cast_once_give_the_bits_of_those_cast_in_every_call(
+    dtype: torch.dtype, can_be_copied: bool
+) -> None:
     network, images = ManyLayers(), torch.rand(4, 3, 16, 16)
     if can_be_copied:
         with torch.no_grad():
             network(images)  # then the weight that the hook has computed has no history
-    asked = Adapted(network, Precision(bfloat16=True), 4)
-    expected = torch.bfloat16 if can_be_copied else torch.float32
+    halves = {"bfloat16": dtype == torch.bfloat16, "float16": dtype == torch.float16}
+    asked = Adapted(network, Precision(**halves), 4)
+    expected = dtype if can_be_copied else torch.float32
     assert asked.network.body[0].weight.dtype == asked.network.head.weight.dtype == expected
     assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}, "of others as they were"
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", dtype):
         expected = network(images)
     with torch.inference_mode():
         assert torch.equal(asked(images), expected)
