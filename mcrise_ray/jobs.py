@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 
@@ -238,6 +238,8 @@ def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
 def draw_figures(job: JobSpec, reporter: Reporter) -> list[str]:
     """Draw the first `job.figures` images of a finished job beside its maps, from what was committed.
 
+    Images are read once more; one that cannot be read now has no figure, which the reporter is told.
+
     Returns:
         Where the figures are.
     """
@@ -253,13 +255,17 @@ def draw_figures(job: JobSpec, reporter: Reporter) -> list[str]:
         return image if job.original_size else prepare(image)
 
     for image_id, rows in islice(_by_image(results), job.figures):
+        try:
+            image = shown(rows[0].uri)
+            matches = [_match(row, shown) for row in rows[: render.MOST_LINES]]
+        except ImageError as error:
+            reporter.note(f"no figure of {image_id}: {error}")
+            continue
         lines = [
-            render.FigureRow(
-                _title(row), row.method, row.colors, row.map, row.relative_error, _match(row, shown)
-            )
-            for row in rows
+            render.FigureRow(_title(row), row.method, row.colors, row.map, row.relative_error, match)
+            for row, match in zip_longest(rows, matches)
         ]
-        picture = render.draw(shown(rows[0].uri), lines)
+        picture = render.draw(image, lines)
         drawn.append(Store(job.output).write_figure(image_id, render.to_png(picture)))
         if time.monotonic() - told > _TELL_EVERY:
             told = time.monotonic()

@@ -151,8 +151,11 @@ def _with_cast_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
         network = copy.deepcopy(network)
     except Exception:  # noqa: BLE001 - whatever it dislikes about copies, it can be asked without
         return network
-    for layer in network.modules():
-        if type(layer) in _CAST and not layer._forward_pre_hooks:
+    cast = [layer for layer in network.modules() if type(layer) in _CAST and not layer._forward_pre_hooks]
+    others = [layer for layer in network.modules() if layer not in cast]
+    shared = {id(weight) for layer in others for weight in layer.parameters(recurse=False)}
+    for layer in cast:
+        if shared.isdisjoint(map(id, layer.parameters())):
             layer.to(dtype)
     return network
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -356,6 +357,18 @@ def test_one_figure_per_image_whatever_its_name(folder: Path, tmp_path: Path) ->
     for path in drawn:
         with Image.open(path) as figure:
             assert figure.width > 600
+
+
+def test_an_image_that_can_no_longer_be_read_has_no_figure(folder: Path, tmp_path: Path) -> None:
+    """And its job is done nevertheless."""
+    spec = job(folder / "deep", tmp_path / "out", figures=5)
+    run_job(spec, Silent())
+    (folder / "deep" / "b.jpg").unlink()
+    reporter = Silent()
+    (drawn,) = draw_figures(spec, reporter)
+    assert "b.jpg" not in drawn
+    (note,) = reporter.notes
+    assert re.match(r"no figure of b\.jpg: .*b\.jpg", note)
 
 
 def test_drawing_tells_how_far_it_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
