@@ -17,7 +17,8 @@ _LARGEST = 4096  # a retried unit should not cost minutes
 _LARGEST_BETWEEN_LOOKS = 512  # where a relative error is asked for: N is a multiple of it
 _PILOT = 16384  # masks; with more, predictions become no better, and their scores are kept
 _FIRST_LOOK = 1024  # masks
-_OPENING = 512  # masks that a guide first learns from
+_OPENING = 512  # masks that a guide first learns from, at most
+_OPENING_PER_FILL = 384  # with one fill there is less to learn: 5 % less variance at N = 2000 than with 512
 MOST_LEARNT = 2048  # masks: a guide's prediction takes time in proportion, and more tell little more
 _MOST_GUIDED = 8  # targets: odds that suit many of them suit none
 _BETWEEN_LOOKS = 2**0.5  # ratio of N from one look to the next
@@ -97,7 +98,7 @@ def stages(spec: ExplainSpec, targets: int) -> tuple[int, ...]:
         Nothing where masks are not picked at all: by other estimators, with few masks, or many targets.
     """
     size, units = unit_size(spec), unit_count(spec)
-    opening = -(-_OPENING // size)
+    opening = -(-min(_OPENING, _OPENING_PER_FILL * spec.K) // size)
     if spec.estimator != "importance" or targets > _MOST_GUIDED or units < 2 * opening:
         return ()
     ends = {opening, max(opening, pilot_count(spec, units)), *looks(spec)}
