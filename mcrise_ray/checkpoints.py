@@ -21,6 +21,7 @@ from mcrise_ray.tasks import Inspection, Saved, Target
 from mcrise_ray.variates import Fit
 
 _FOLDER = "partial"
+_VERSION = 2  # to be raised when `plan` or what is learnt changes: sums of two versions do not fit together
 Part = TypeVar("Part", Partial, Fit, Guide, Masks)
 
 
@@ -51,6 +52,7 @@ class Checkpoints:
         state = saved.state
         picked = [scored for scored in state.scores if isinstance(scored, Picked)]
         header = {
+            "version": _VERSION,
             "inspection": asdict(saved.inspection),
             "seconds": saved.seconds,
             "look": state.look,
@@ -98,6 +100,8 @@ def _parse(content: bytes) -> Saved:
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         arrays = dict(stored)
     header = json.loads(arrays["header"].tobytes())
+    if header["version"] != _VERSION:
+        raise ValueError(f"expected version {_VERSION}, found {header['version']}")
     about = header["inspection"]
     inspection = Inspection(
         targets=tuple(Target(**target) for target in about["targets"]),

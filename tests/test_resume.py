@@ -240,6 +240,22 @@ def test_sums_that_cannot_be_read_are_summed_anew(
     assert content(tmp_path / "out") == undisturbed
 
 
+def test_sums_of_another_version_are_summed_anew(
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stages may have ended elsewhere: masks that it picked would be taken for others."""
+    spec = job(folder, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("mcrise_ray.checkpoints._VERSION", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, Interrupting(320))
+    assert len(list((tmp_path / "out/partial").iterdir())) == 1
+    reporter = Silent()
+    run(spec, reporter)
+    assert reporter.masks == 4 * 640
+    assert content(tmp_path / "out") == undisturbed
+
+
 def test_finished_images_are_committed_while_others_are_in_work(folder: Path, tmp_path: Path) -> None:
     seen: list[int] = []
 
