@@ -18,7 +18,7 @@ _LARGEST_BETWEEN_LOOKS = 512  # where a relative error is asked for: N is a mult
 _PILOT = 16384  # masks; with more, predictions become no better, and their scores are kept
 _FIRST_LOOK = 1024  # masks
 _OPENING = 512  # masks that a guide first learns from, at most
-_OPENING_PER_FILL = 384  # with one fill there is less to learn: 5 % less variance at N = 2000 than with 512
+_OPENING_PER_FILL = 384  # with one fill there is less to learn: 6 % less variance at N = 2048 than with 512
 MOST_LEARNT = 2048  # masks: a guide's prediction takes time in proportion, and more tell little more
 _MOST_GUIDED = 8  # targets: odds that suit many of them suit none
 _BETWEEN_LOOKS = 2**0.5  # ratio of N from one look to the next
