@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from mcrise_ray.kernels import TESTED, Windows, kernel_ridge, relevance
+from mcrise_ray.kernels import TESTED, Windows, kernel_ridge, relevance, widened
 from mcrise_ray.masks import Masks, draw, uniform
 from mcrise_ray.plan import MOST_LEARNT, Unit
-from mcrise_ray.regression import Basis, logistic, ridge
+from mcrise_ray.regression import Basis, logistic_moments, ridge
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.threads import one_blas_thread
 from mcrise_ray.variates import FOLDS, Features, leverage, patches
@@ -51,13 +51,14 @@ _FLOOR = 0.1  # share of the odds that is the same for all masks, so that no wei
 _WORTH = 0.7
 _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _NOT_ONE = 1e-2  # how far the sum of probabilities may lie from 1: bfloat16 rounds them
+_PER_CELL = (
+    1.75  # patches along an axis, with one fill: where masks were cut matters. With more it tells little.
+)
 _RIVALS = 7
 _TESTED_BY_FOLD = 128  # guides that pick nothing need not know how far they are to be believed
 _CHUNK = 1024  # masks predicted at a time
 _KEPT = 4  # guides whose windows a worker keeps: they take 6 MiB each
 _SMALLEST = 1e-6  # of the largest score, or below 1: a score nearer than this to 0 or 1 has no finite logit
-_NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(21)
-_NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ class Guide:
     Attributes:
         learnt: the S masks.
         patches: (Y, X), of the features.
-        scale: standard deviation of a feature.
+        scale: of the kernel: the standard deviation of a feature, or a multiple.
         by_patch: `(Y, X)`, how much the scores depend on each patch.
         by_fill: `(K, K)`, and on each fill and pair of fills (see `kernels.relevance`).
         weights: `(S, Q)`, of the kernels in the logits of the targets and, where there are rivals, in the
@@ -185,7 +186,7 @@ def predict(
         found = features(masks[part])
         line[part] = guide.means + found @ guide.slopes.T
         known = guide.constants + windows.similar(found, guide.weights) + found @ guide.lines
-        best[part], doubt = _moments(_mixed(guide.mix, known), guide.spread)
+        best[part], doubt = logistic_moments(_mixed(guide.mix, known), guide.spread)
         doubts = (doubt / np.maximum(guide.variance, 1e-300)).sum(axis=1)
         noise[part] = doubts**0.5 * leverage(spec, found, guide.patches)
     return best, noise, line
@@ -222,7 +223,7 @@ def learn(
     if not -_ROUNDING <= scores.min() <= scores.max() <= 1 + _ROUNDING:
         return None
     masks, scores = masks[-MOST_LEARNT:], scores[-MOST_LEARNT:]
-    grid = patches(spec, size, MOST_LEARNT)
+    grid = patches(spec, size, MOST_LEARNT, _PER_CELL if spec.K == 1 else 1.0)
     known = Features(spec, size, grid)(masks)
     scale = float(known.std())
     largest = np.maximum(scores[:, :targets].max(axis=0), np.finfo(np.float32).tiny)
@@ -232,6 +233,7 @@ def learn(
         return None
     shape = (grid[0], spec.K, grid[1])
     relevant = relevance(known, truth, shape, scale, device)
+    scale = widened(known, truth, shape, scale, relevant, device, tested)
     windows = Windows.of(known, shape, scale, relevant, device)
     everything = np.concatenate([truth, _logarithms(share, scores)], axis=1) if rivals else truth
     constants, weights, lines, judges, unseen = kernel_ridge(windows.alike(known), known, everything, tested)
@@ -242,9 +244,9 @@ def learn(
 
     basis, fresh = _fresh_features(spec, size, grid)
     unknown = constants + windows.similar(fresh, weights) + fresh @ lines
-    best, doubt = _moments(_mixed(mix, unknown), spread)
+    best, doubt = logistic_moments(_mixed(mix, unknown), spread)
     variance = doubt.mean(axis=0)
-    missed = scores[judges, :targets] - _moments(_mixed(mix, unseen), spread)[0]
+    missed = scores[judges, :targets] - logistic_moments(_mixed(mix, unseen), spread)[0]
     gain = np.where(variance > 0, (doubt**0.5).mean(axis=0) ** 2 / np.maximum(variance, 1e-300), 1)
     mine = (missed**2).mean(axis=0) * gain
     if left is not None:
@@ -367,15 +369,6 @@ def _fresh_features(
     count = _FRESH_PER_FEATURE * spec.K * grid[0] * grid[1]
     found = Features(spec, size, grid)(draw(spec, _FIRST_FRESH, _FIRST_FRESH + count))
     return Basis.of(count, found.sum(axis=0), found.T @ found), found
-
-
-def _moments(
-    logits: Float64[np.ndarray, "N L"], spread: Float64[np.ndarray, " L"]
-) -> tuple[Float64[np.ndarray, "N L"], Float64[np.ndarray, "N L"]]:
-    """Mean and variance of a probability whose logit is normally distributed (Gauss-Hermite quadrature)."""
-    shares = logistic(logits[..., None] + spread[:, None] * _NODES)
-    mean: np.ndarray = shares @ _NODE_WEIGHTS
-    return mean, np.maximum((shares**2) @ _NODE_WEIGHTS - mean**2, 0)
 
 
 def _candidates(bend: Float64[np.ndarray, "N L"], left: Float64[np.ndarray, " L"]) -> int:

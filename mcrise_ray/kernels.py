@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-_WIDTH = 1.06  # of the kernel, in mean squared differences of features of a window
+_WIDTH = 0.85  # of the narrowest kernel, in mean squared differences of features of a window
+_WIDER = 1.4, 2.0, 2.8  # times that: rarer fills need wider kernels, by image too
 _CONTRAST = 0.75  # power of the relevance by which squared differences, and windows, are weighted
 _LEAST = 1e-3  # relevance of what the scores do not depend on, where the mean is 1
 _LOOKED_AT = 256  # masks that the relevance is learnt from, and judged by: more tell hardly more
-_WINDOWS = 3  # along each axis; each spans half of it
 _STRENGTHS = 10.0 ** np.arange(-3, 2.1, 0.5)  # of the ridge; a mask is alike to itself by 1
 _SHARES = 0.3, 1.0, 3.0  # of the features' products, which are alike to themselves by 1 too; or none
 # Of the error without products, at most, or there are none: lines are sure of masks that are like no other.
@@ -160,6 +160,31 @@ def relevance(
     return found if with_it < without else (np.ones_like(by_patch), np.eye(shape[1]))
 
 
+def widened(
+    features: Float64[np.ndarray, "S D"],
+    truth: Float64[np.ndarray, "S L"],
+    shape: tuple[int, int, int],
+    scale: float,
+    relevance: Relevance,
+    device: torch.device | str = "cpu",
+    most: int = _LOOKED_AT,
+) -> float:
+    """The scale with which the kernel predicts best, by at most so many masks: the first that no wider one
+    improves on.
+    """
+    few = slice(-min(most, _LOOKED_AT), None)
+    features, truth = features[few], truth[few]
+    around = torch.from_numpy(truth - truth.mean(axis=0)).to(device)
+    best, least = scale, np.inf
+    for wider in (scale, *(times * scale for times in _WIDER)):
+        alike = Windows.of(features, shape, wider, relevance, device).alike(features)
+        error, _ = _ridges(alike, around)
+        if not error < least:
+            break
+        best, least = wider, error
+    return best
+
+
 def _root(by_fill: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
     """What features are multiplied by for a contrast between fills; in the mean it leaves squares alone."""
     values, vectors = np.linalg.eigh(by_fill)
@@ -206,9 +231,10 @@ def _places(shape: tuple[int, int, int]) -> tuple[tuple[slice, slice], ...]:
 
 
 def _along(count: int) -> tuple[int, list[int]]:
-    """Length and places of the windows along an axis."""
-    span = -(-count // 2)
-    return span, sorted({round(place) for place in np.linspace(0, count - span, _WINDOWS)})
+    """Length and places of the windows along an axis: 3 / 7 of it each, and at most half of that apart."""
+    span = -(-count * 3 // 7)
+    windows = 1 - (-2 * (count - span) // span)
+    return span, [round(place) for place in np.linspace(0, count - span, windows)]
 
 
 def _left(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N W"]:

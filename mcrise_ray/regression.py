@@ -18,6 +18,8 @@ _FEWEST = 8  # samples to fit slopes to
 _CAUTION = 2.0  # standard deviations by which a ridge must beat what it gains on pure noise
 _OUTLIERS = 4.0  # how much more those are where few scores make most of the variance
 _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
+_NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(21)
+_NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
 _STEPS = 12  # of a descent: it has converged in every direction that the ridge leaves visible
 
 
@@ -178,6 +180,15 @@ def curve(
 def logistic(logits: np.ndarray) -> np.ndarray:
     """`1 / (1 + exp(-logits))`, without overflow."""
     return 0.5 + 0.5 * np.tanh(0.5 * logits)
+
+
+def logistic_moments(
+    logits: Float64[np.ndarray, "N L"], spread: Float64[np.ndarray, " L"]
+) -> tuple[Float64[np.ndarray, "N L"], Float64[np.ndarray, "N L"]]:
+    """Mean and variance of a probability whose logit is normally distributed (Gauss-Hermite quadrature)."""
+    shares = logistic(logits[..., None] + spread[:, None] * _NODES)
+    mean: np.ndarray = shares @ _NODE_WEIGHTS
+    return mean, np.maximum((shares**2) @ _NODE_WEIGHTS - mean**2, 0)
 
 
 def _bounds(scores: np.ndarray) -> tuple[float, float]:

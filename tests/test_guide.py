@@ -471,7 +471,7 @@ def test_kernel_is_a_mean_of_gaussians_of_windows(relevant: bool) -> None:
             share, weight = (weight.mean() + 1e-3) ** 0.75, (weight + 1e-3) ** 0.75
             apart = window[:, None] - window[None, :2]
             squares = np.einsum("nsykx,kj,nsyjx->nsyx", apart, metric, apart) * weight / weight.mean()
-            wanted += share * np.exp(-squares.sum(axis=(2, 3)) / 8 / (2 * 1.06))
+            wanted += share * np.exp(-squares.sum(axis=(2, 3)) / 8 / (2 * 0.85))
             total += share
     np.testing.assert_allclose(found, wanted / total, atol=1e-6)
 
