@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from mcrise_ray.kernels import TESTED, Windows, kernel_ridge, relevance, widened
+from mcrise_ray.kernels import TESTED, Windows, kernel_ridge, relevance
 from mcrise_ray.masks import Masks, draw, uniform
 from mcrise_ray.plan import MOST_LEARNT, Unit
 from mcrise_ray.regression import Basis, logistic_moments, ridge
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.threads import one_blas_thread
+from mcrise_ray.threads import one_blas_thread, one_torch_thread
 from mcrise_ray.variates import FOLDS, Features, leverage, patches
 
 CANDIDATES = 8  # at least, for each mask that is picked
@@ -46,9 +46,9 @@ _FIRST_CANDIDATE = 1 << 59  # the index of the first candidate, beyond every mas
 _FIRST_FRESH = 3 << 58  # the same of the masks that the linear part is fitted on
 _FRESH_PER_FEATURE = 4  # of those
 _FLOOR = 0.1  # share of the odds that is the same for all masks, so that no weight exceeds ten
-# Of the variance that cross-fitted predictions leave, at most, or they are kept: on pure noise a guide may
-# seem to save a fifth; on images of real classifiers it saves more than a third.
-_WORTH = 0.7
+# Of the variance that cross-fitted predictions leave, at most, or they are kept. On pure noise a guide hardly
+# ever seems to save a fifth, unless most scores are near 0: then in one of twenty cases.
+_WORTH = 0.8
 _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _NOT_ONE = 1e-2  # how far the sum of probabilities may lie from 1: bfloat16 rounds them
 _PER_CELL = (
@@ -192,6 +192,7 @@ def predict(
     return best, noise, line
 
 
+@one_torch_thread()
 def learn(
     spec: ExplainSpec,
     size: tuple[int, int],
@@ -223,7 +224,7 @@ def learn(
     if not -_ROUNDING <= scores.min() <= scores.max() <= 1 + _ROUNDING:
         return None
     masks, scores = masks[-MOST_LEARNT:], scores[-MOST_LEARNT:]
-    grid = patches(spec, size, MOST_LEARNT, _PER_CELL if spec.K == 1 else 1.0)
+    grid = patches(spec, size, MOST_LEARNT, _PER_CELL)
     known = Features(spec, size, grid)(masks)
     scale = float(known.std())
     largest = np.maximum(scores[:, :targets].max(axis=0), np.finfo(np.float32).tiny)
@@ -232,8 +233,7 @@ def learn(
     if not scale or np.ptp(truth, axis=0).min() == 0:
         return None
     shape = (grid[0], spec.K, grid[1])
-    relevant = relevance(known, truth, shape, scale, device)
-    scale = widened(known, truth, shape, scale, relevant, device, tested)
+    relevant, scale = relevance(known, truth, shape, scale, device, tested)
     windows = Windows.of(known, shape, scale, relevant, device)
     everything = np.concatenate([truth, _logarithms(share, scores)], axis=1) if rivals else truth
     constants, weights, lines, judges, unseen = kernel_ridge(windows.alike(known), known, everything, tested)

@@ -40,12 +40,20 @@ Relevance = tuple[Float64[np.ndarray, "Y X"], Float64[np.ndarray, "K K"]]  # see
 
 @dataclass(frozen=True)
 class Windows:
-    """Masks as the kernel sees them: per window, the features and half their squares, so that one product
-    gives the exponents; the matrices that the features are multiplied by; and (Y, K, X).
+    """Masks as the kernel sees them.
+
+    Attributes:
+        right: per window, the features and half their squares, so that one product gives the exponents.
+        mixed: what the features of all fills are multiplied by.
+        stretched: and then those of each patch.
+        widths: and then those of each window.
+        shape: (Y, K, X).
     """
 
     right: tuple[Float32[Tensor, "V+2 S"], ...]
-    metrics: tuple[Float32[Tensor, "V V"], ...]
+    mixed: Float32[Tensor, "K K"]
+    stretched: Float32[Tensor, "Y 1 X"]
+    widths: tuple[float, ...]
     shape: tuple[int, int, int]
 
     @staticmethod
@@ -66,14 +74,25 @@ class Windows:
             device: on which likeness is computed.
         """
         by_patch, by_fill = relevance or (np.ones((shape[0], shape[2])), np.eye(shape[1]))
-        mixed = _root(by_fill)
-        weights = [by_patch[rows, columns] for rows, columns in _places(shape)]
-        shares = np.array([(weight.mean() + _LEAST) ** _CONTRAST for weight in weights])
-        metrics = tuple(
-            torch.from_numpy(_metric(weight, mixed, scale)).to(device, torch.float32) for weight in weights
+        squared = (by_patch + _LEAST) ** _CONTRAST
+        mixed, stretched = (
+            torch.from_numpy(part).to(device, torch.float32)
+            for part in (_root(by_fill), squared[:, None] ** 0.5)
         )
-        parts = zip(_seen(features, metrics, shape), np.log2(shares / shares.mean()).tolist(), strict=True)
-        return Windows(tuple(_right(part, share).T.contiguous() for part, share in parts), metrics, shape)
+        # Powers of two are computed fastest. A window's width does not depend on its relevance.
+        means = [float(squared[place].mean()) for place in _places(shape)]
+        sizes = [squared[place].size * shape[1] for place in _places(shape)]
+        widths = tuple(
+            scale * (_WIDTH * size * mean * np.log(2)) ** 0.5 for size, mean in zip(sizes, means, strict=True)
+        )
+        shares = np.array([(by_patch[place].mean() + _LEAST) ** _CONTRAST for place in _places(shape)])
+        parts = zip(
+            _seen(features, mixed, stretched, widths, shape),
+            np.log2(shares / shares.mean()).tolist(),
+            strict=True,
+        )
+        right = tuple(_right(part, share).T.contiguous() for part, share in parts)
+        return Windows(right, mixed, stretched, widths, shape)
 
     def alike(self, features: Float64[np.ndarray, "N D"]) -> Float64[Tensor, "N S"]:
         """How alike other masks are to each of these, between 0 and 1."""
@@ -100,16 +119,19 @@ class Windows:
         """How `similar` changes with each of the features of these; they are held all at once."""
         weight = torch.tensor(weights.T, device=self.right[0].device, dtype=torch.float32)
         found = weight.new_zeros(len(weight), len(features), *self.shape)
-        parts = _seen(features, self.metrics, self.shape)
-        for (rows, columns), part, right, metric in zip(
-            _places(self.shape), parts, self.right, self.metrics, strict=True
+        for (rows, columns), part, right, width in zip(
+            _places(self.shape), self._parts(features), self.right, self.widths, strict=True
         ):
             alike = torch.mm(_left(part), right).exp2_()
             for out, one in zip(found, weight, strict=True):
                 pull = alike * one
-                along = (pull @ right[:-2].T - part * pull.sum(dim=1, keepdim=True)) @ metric.T
-                out[:, rows, :, columns] += along.view_as(out[:, rows, :, columns])
-        return found.mul_(np.log(2) / len(self.right))
+                along = pull @ right[:-2].T - part * pull.sum(dim=1, keepdim=True)
+                out[:, rows, :, columns] += along.div_(width).view_as(out[:, rows, :, columns])
+        found *= self.stretched * (np.log(2) / len(self.right))
+        return torch.einsum("lnykx,jk->lnyjx", found, self.mixed)
+
+    def _parts(self, features: Float64[np.ndarray, "N D"]) -> list[Float32[Tensor, "N V"]]:
+        return _seen(features, self.mixed, self.stretched, self.widths, self.shape)
 
     def _totals(
         self, features: Float64[np.ndarray, "N D"]
@@ -121,7 +143,7 @@ class Windows:
         one, total = of.new_empty(2, min(_AT_ONCE, len(features)), of.shape[1])
         for start in range(0, len(features), _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, len(features)))
-            windows = _seen(features[part], self.metrics, self.shape)
+            windows = self._parts(features[part])
             rows = slice(len(windows[0]))
             for place, (window, right) in enumerate(zip(windows, self.right, strict=True)):
                 into = one[rows] if place else total[rows]
@@ -137,52 +159,42 @@ def relevance(
     shape: tuple[int, int, int],
     scale: float,
     device: torch.device | str = "cpu",
-) -> Relevance:
+    most: int = _LOOKED_AT,
+) -> tuple[Relevance, float]:
     """How much the targets depend on each patch, and on each fill and pair of fills: products of the slopes
     of a first fit, in the mean. Those of patches, and of the fills by themselves, have the mean 1. It is the
-    same for all where that predicts no worse.
+    same for all where that predicts no worse, by at most so many masks.
 
     Few masks tell these two better than they tell what each fill does in each patch.
+
+    Returns:
+        The scale with which the kernel predicts best, too: the first that no wider one improves on.
     """
     features, truth = features[-_LOOKED_AT:], truth[-_LOOKED_AT:]
     around = torch.from_numpy(truth - truth.mean(axis=0)).to(device)
     windows = Windows.of(features, shape, scale, device=device)
-    alike = windows.alike(features)
-    without, strengths = _ridges(alike, around)
+    alike, few = windows.alike(features), slice(-most, None)
+    least, strengths = _ridges(alike[few, few], around[few])
     weights = torch.cholesky_solve(around, _factor(alike, strengths))
     along = windows.slopes(features, weights.cpu().numpy()).cpu().double().numpy()
     along /= np.maximum((along**2).mean(axis=(1, 2, 3, 4), keepdims=True), 1e-300) ** 0.5
     by_patch = (along**2).mean(axis=(0, 1, 3))
     fills = np.moveaxis(along, 3, 4).reshape(-1, shape[1])
-    found = by_patch, fills.T @ fills / len(fills)
+
+    def error(relevant: Relevance, scale: float) -> float:
+        alike = Windows.of(features[few], shape, scale, relevant, device).alike(features[few])
+        return _ridges(alike, around[few])[0]
+
     # Slopes tell features apart by chance too, and are largest where most windows overlap.
-    with_it, _ = _ridges(Windows.of(features, shape, scale, found, device).alike(features), around)
-    return found if with_it < without else (np.ones_like(by_patch), np.eye(shape[1]))
-
-
-def widened(
-    features: Float64[np.ndarray, "S D"],
-    truth: Float64[np.ndarray, "S L"],
-    shape: tuple[int, int, int],
-    scale: float,
-    relevance: Relevance,
-    device: torch.device | str = "cpu",
-    most: int = _LOOKED_AT,
-) -> float:
-    """The scale with which the kernel predicts best, by at most so many masks: the first that no wider one
-    improves on.
-    """
-    few = slice(-min(most, _LOOKED_AT), None)
-    features, truth = features[few], truth[few]
-    around = torch.from_numpy(truth - truth.mean(axis=0)).to(device)
-    best, least = scale, np.inf
-    for wider in (scale, *(times * scale for times in _WIDER)):
-        alike = Windows.of(features, shape, wider, relevance, device).alike(features)
-        error, _ = _ridges(alike, around)
-        if not error < least:
+    best, found = (np.ones_like(by_patch), np.eye(shape[1])), (by_patch, fills.T @ fills / len(fills))
+    if (with_it := error(found, scale)) < least:
+        best, least = found, with_it
+    widest = scale
+    for times in _WIDER:
+        if not (wider := error(best, times * scale)) < least:
             break
-        best, least = wider, error
-    return best
+        widest, least = times * scale, wider
+    return best, widest
 
 
 def _root(by_fill: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
@@ -193,30 +205,19 @@ def _root(by_fill: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
     return found
 
 
-def _metric(
-    weight: Float64[np.ndarray, "y x"], mixed: Float64[np.ndarray, "K K"], scale: float
-) -> Float64[np.ndarray, "V V"]:
-    """What the features of a window are multiplied by, such that the kernel is `2 ** (-|a - b|**2 / 2)`:
-    powers of two are computed fastest. Its width does not depend on the relevance of the window.
-    """
-    (y, x), fills = weight.shape, len(mixed)
-    squared = (weight + _LEAST) ** _CONTRAST
-    width = scale * (_WIDTH * y * fills * x * np.log(2)) ** 0.5
-    stretched = (squared / squared.mean()) ** 0.5 / width
-    found: np.ndarray = np.einsum("yx,kj,yz,xw->ykxzjw", stretched, mixed, np.eye(y), np.eye(x))
-    return found.reshape(y * fills * x, -1)
-
-
 def _seen(
     features: Float64[np.ndarray, "N D"],
-    metrics: tuple[Float32[Tensor, "V V"], ...],
+    mixed: Float32[Tensor, "K K"],
+    stretched: Float32[Tensor, "Y 1 X"],
+    widths: tuple[float, ...],
     shape: tuple[int, int, int],
 ) -> list[Float32[Tensor, "N V"]]:
-    """The features in each window, as its metric has them."""
-    images = torch.from_numpy(features).to(metrics[0].device, torch.float32).view(-1, *shape)
+    """The features in each window, as the kernel has them: it is `2 ** (-|a - b|**2 / 2)`."""
+    images = torch.from_numpy(features).to(mixed.device, torch.float32).view(-1, *shape)
+    images = torch.einsum("nykx,kj->nyjx", images, mixed) * stretched
     return [
-        images[:, rows, :, columns].flatten(1) @ metric
-        for (rows, columns), metric in zip(_places(shape), metrics, strict=True)
+        (images[:, rows, :, columns] / width).flatten(1)
+        for (rows, columns), width in zip(_places(shape), widths, strict=True)
     ]
 
 

@@ -39,7 +39,10 @@ FRESH_PER_MASK = 4  # fresh masks for each scored one: what is left of their noi
 FIRST_FRESH = 1 << 60  # the index of the first fresh mask, beyond every mask that can be asked for
 CHUNK = 256  # masks whose features are held at a time
 
-_MOST_FEATURES = 400  # a factorisation takes 0.05 s; patches smaller than a cell tell lines nothing more
+_MOST_FEATURES = 400  # a factorisation takes 0.05 s
+# Patches for each cell along an axis, where there is one fill: scores depend on where in a cell a mask was
+# cut. Lines tell no more from smaller ones, and with two fills or more, masks are too few to tell that.
+_PER_CELL = 1.25
 _MOST_CURVES = 8  # targets that logistic curves are tried for; with more, they would cost more than they gain
 
 
@@ -140,13 +143,17 @@ def fresh(
     return masks, best - line
 
 
-def patches(spec: ExplainSpec, size: tuple[int, int], masks: int, per_cell: float = 1.0) -> tuple[int, int]:
-    """Patch rows and columns for a fit to so many masks: so many per cell, or fewer and larger ones.
+def patches(
+    spec: ExplainSpec, size: tuple[int, int], masks: int, per_cell: float = _PER_CELL
+) -> tuple[int, int]:
+    """Patch rows and columns for a fit to so many masks: so many per cell along an axis where there is one
+    fill, one where there are more; or fewer and larger ones.
 
     Ridge regression makes good use of up to two features per mask; their number is bounded by the time that
     the factorisation takes.
     """
-    wanted = [min(int(per_cell * cells), pixels) for cells, pixels in zip(spec.grid, size, strict=True)]
+    finer = per_cell if spec.K == 1 else 1.0
+    wanted = [min(int(finer * cells), pixels) for cells, pixels in zip(spec.grid, size, strict=True)]
     most = min(_MOST_FEATURES, 2 * masks) / spec.K
     shrink = min(1.0, (most / (wanted[0] * wanted[1])) ** 0.5)
     rows, columns = (max(1, int(count * shrink)) for count in wanted)

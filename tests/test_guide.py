@@ -496,7 +496,7 @@ def test_relevance_tells_what_targets_depend_on() -> None:
     features = np.random.default_rng(0).normal(size=(256, 4, 3, 3))
     apart = features[:, :, 0] - features[:, :, 2]
     truth = np.stack([np.tanh(apart[:, 0, 2]), 100 * np.maximum(apart[:, 3, 0], 0)], axis=1)
-    by_patch, by_fill = relevance(features.reshape(256, -1), truth, (4, 3, 3), 1.0)
+    (by_patch, by_fill), _ = relevance(features.reshape(256, -1), truth, (4, 3, 3), 1.0)
     np.testing.assert_allclose((by_patch.mean(), np.trace(by_fill)), (1, 3))
     assert min(by_patch[0, 2], by_patch[3, 0]) > 10 * np.sort(by_patch.ravel())[-3]
     np.testing.assert_allclose(by_fill / by_fill[0, 0], [[1, 0, -1], [0, 0, 0], [-1, 0, 1]], atol=0.15)
@@ -506,9 +506,41 @@ def test_relevance_is_the_same_for_all_where_that_predicts_no_worse() -> None:
     """Targets that depend on every feature alike, which slopes of a fit tell apart by chance; or on none."""
     features = np.random.default_rng(0).normal(size=(256, 4 * 3 * 3))
     for truth in (np.abs(features).sum(axis=1, keepdims=True), np.ones((256, 1))):
-        by_patch, by_fill = relevance(features, truth, (4, 3, 3), 1.0)
+        (by_patch, by_fill), _ = relevance(features, truth, (4, 3, 3), 1.0)
         np.testing.assert_array_equal(by_patch, np.ones((4, 3)))
         np.testing.assert_array_equal(by_fill, np.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("score", "wider"),
+    [
+        (lambda first: first**2, True),
+        (lambda first: np.cos(4 * first), False),  # which a wide kernel takes for noise
+        (np.ones_like, False),
+    ],
+)
+def test_kernel_is_as_wide_as_predicts_best(score: Callable[[np.ndarray], np.ndarray], wider: bool) -> None:
+    features = np.random.default_rng(0).normal(size=(256, 4 * 3))
+    _, found = relevance(features, score(features[:, :1]), (4, 1, 3), 1.0)
+    assert found > 2 if wider else found == 1
+
+
+def test_a_guide_of_one_fill_sees_where_a_cell_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that depend on two half cells: what whole cells tell of them is little."""
+    spec = mr.ExplainSpec(method="rise", grid=(4, 4), masks=768, seed=3)
+    masks = draw(spec, 0, 1280)
+    halves = Features(spec, (32, 32), (8, 8))(masks).reshape(-1, 8, 8)
+    scores = 1 / (1 + np.exp(12 * halves[:, 3, 3] * halves[:, 3, 5]))[:, None]
+
+    def left(per_cell: float) -> float:
+        monkeypatch.setattr("mcrise_ray.guide._PER_CELL", per_cell)
+        guide = learn(spec, (32, 32), masks[:768], scores[:768])
+        assert guide is not None
+        assert guide.patches == (int(4 * per_cell),) * 2
+        best, _, _ = predict(spec, (32, 32), guide, masks[768:])
+        return float(((best - scores[768:]) ** 2).mean() / scores.var())
+
+    assert left(1.75) < 0.3 * left(1.0)
 
 
 @pytest.mark.parametrize("masks", [60, 600, 1200])

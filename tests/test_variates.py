@@ -348,6 +348,10 @@ def test_leverage_is_what_one_mask_adds_to_the_maps(method: str, colors: str) ->
         ((1, 224), "paper5", 4000, (1, 80)),
         ((200, 1), "paper5", 4000, (80, 1)),
         ((2, 200), "black", 40, (1, 80)),
+        ((8, 8), "black", 4000, (10, 10)),  # finer than cells, with one fill
+        ((200, 1), "black", 4000, (224, 1)),  # but not than pixels
+        ((8, 8), "black", 40, (8, 8)),
+        ((8, 8), "red,blue", 4000, (8, 8)),
     ],
 )
 def test_features_are_as_many_as_a_fit_bears(
