@@ -51,9 +51,7 @@ _FLOOR = 0.1  # share of the odds that is the same for all masks, so that no wei
 _WORTH = 0.8
 _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _NOT_ONE = 1e-2  # how far the sum of probabilities may lie from 1: bfloat16 rounds them
-_PER_CELL = (
-    1.75  # patches along an axis, with one fill: where masks were cut matters. With more it tells little.
-)
+_PER_CELL = 1.75  # patches along an axis, with one fill (see `variates`): smaller ones tell hardly more
 _RIVALS = 7
 _TESTED_BY_FOLD = 128  # guides that pick nothing need not know how far they are to be believed
 _CHUNK = 1024  # masks predicted at a time

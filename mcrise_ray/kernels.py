@@ -69,7 +69,7 @@ class Windows:
         Args:
             features: of the masks.
             shape: (Y, K, X).
-            scale: standard deviation of a feature.
+            scale: standard deviation of a feature, or a multiple for a wider kernel.
             relevance: of patches and fills (see `relevance`); the same for all by default.
             device: on which likeness is computed.
         """

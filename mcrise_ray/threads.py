@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
-from threading import Lock
+from threading import Lock, RLock
 from typing import ParamSpec, TypeVar
 
 import numpy  # noqa: F401  # whose OpenBLAS must be there to be found
@@ -58,12 +58,19 @@ def one_blas_thread(function: Callable[P, R]) -> Callable[P, R]:
     return _alone(function)
 
 
+_torch = RLock()
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Torch has no threads beside the one that calls it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    """Torch has no threads beside the one that calls it.
+
+    Others who want the same wait: who comes second would put back the first one's limit after it has left.
+    """
+    with _torch:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

@@ -41,7 +41,7 @@ CHUNK = 256  # masks whose features are held at a time
 
 _MOST_FEATURES = 400  # a factorisation takes 0.05 s
 # Patches for each cell along an axis, where there is one fill: scores depend on where in a cell a mask was
-# cut. Lines tell no more from smaller ones, and with two fills or more, masks are too few to tell that.
+# cut. Lines tell no more from smaller ones, and with more fills, masks are too few to tell much of that.
 _PER_CELL = 1.25
 _MOST_CURVES = 8  # targets that logistic curves are tried for; with more, they would cost more than they gain
 

@@ -36,7 +36,7 @@ from mcrise_ray.guide import (
     learn_by_fold,
     predict,
 )
-from mcrise_ray.kernels import Windows, kernel_ridge, relevance
+from mcrise_ray.kernels import Windows, _places, kernel_ridge, relevance
 from mcrise_ray.masks import Masks, draw
 from mcrise_ray.plan import Unit, looks, stages, unit, unit_count
 from mcrise_ray.reduction import Conclude, Reduction, ScoreUnit, SumUnit
@@ -474,6 +474,15 @@ def test_kernel_is_a_mean_of_gaussians_of_windows(relevant: bool) -> None:
             wanted += share * np.exp(-squares.sum(axis=(2, 3)) / 8 / (2 * 0.85))
             total += share
     np.testing.assert_allclose(found, wanted / total, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "windows"), [((8, 5, 8), 9), ((14, 1, 14), 16), ((1, 5, 7), 4)])
+def test_windows_cover_the_image_and_none_comes_twice(shape: tuple[int, int, int], windows: int) -> None:
+    places, seen = _places(shape), np.zeros((shape[0], shape[2]))
+    for place in places:
+        seen[place] += 1
+    assert seen.min() > 0
+    assert len({(rows.start, columns.start) for rows, columns in places}) == len(places) == windows
 
 
 def made_up_relevance(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -99,3 +99,25 @@ def test_torch_has_one_inside_and_gets_its_own_back() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_torch_has_its_own_back_after_several_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    entered = Event()
+
+    def stay() -> int:
+        with one_torch_thread():
+            entered.set()
+            return torch.get_num_threads()
+
+    try:
+        with ThreadPoolExecutor() as pool:
+            with one_torch_thread():
+                other = pool.submit(stay)
+                assert not entered.wait(0.1)  # it waits for its turn
+            assert other.result(30) == 1
+            assert pool.submit(torch.get_num_threads).result(30) == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
