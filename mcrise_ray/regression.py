@@ -178,8 +178,9 @@ def curve(
 
 
 def logistic(logits: np.ndarray) -> np.ndarray:
-    """`1 / (1 + exp(-logits))`, without overflow."""
-    return 0.5 + 0.5 * np.tanh(0.5 * logits)
+    """`1 / (1 + exp(-logits))`, without overflow, and as exact near 0 as elsewhere."""
+    shares: np.ndarray = 1 / (1 + np.exp(np.minimum(-logits, 700.0)))
+    return shares
 
 
 def logistic_moments(

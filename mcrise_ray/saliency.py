@@ -32,6 +32,7 @@ from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import expectation
 
 _STRETCHES = 4, 2  # of rows and columns: half the products, and each of them is large enough to be quick
+_TINY = 1e-30  # the least unit of scores: float32 holds it and its inverse
 _MOST_SQUARES = 4096  # sums of squares per target: with more, they would cost more than the masks
 
 
@@ -75,8 +76,10 @@ class UnitSums:
         """Add the squares of what each mask adds to the maps, at the points of `lattice`."""
         rows, columns, values = self._points
         weights = sampled(masks, self._size, rows, columns, values).square_().flatten(1)
-        added = torch.from_numpy(scores**2).float().T @ weights
-        self._squares += added.view(self._squares.shape).numpy()
+        # In units of the largest: float32 takes squares of 1e-23 for 0.
+        largest = np.maximum(np.abs(scores).max(axis=0), _TINY)
+        added = torch.from_numpy((scores / largest) ** 2).float().T @ weights
+        self._squares += added.view(self._squares.shape).numpy() * (largest**2)[:, None, None, None]
 
     def partial(
         self,
@@ -179,10 +182,13 @@ class Partial:
                 so float32 rounds what predictions leave, not the scores.
         """
         # Many targets make this a good part of all time. By torch, because the threads of two libraries would
-        # wait for each other; in place, and with axes that lie as L H K W; errors in float32, as squares are.
+        # wait for each other; in place, and with axes that lie as L H K W.
         raw, baseline = self._measured(spec, dtype)
         maps = method_maps(spec, raw, baseline)
-        square = maps.float().square()
+        # Errors in float32, as squares are: in units in which it takes no square that matters for 0.
+        unit = torch.tensor(self.squares).amax(dim=(1, 2, 3), keepdim=True).div_(self.weight).sqrt_()
+        unit = unit.clamp_(min=_TINY).to(dtype)
+        measured = (maps / unit).float().square_()
         predicted = expectation(spec, self.size, self.slopes / self.weight, dtype)
         kept = predicted.sum(dim=1).mul_(-spec.p_mask / spec.K)
         kept += (torch.tensor(self.means)[:, None, None] / self.weight).to(dtype)
@@ -191,14 +197,14 @@ class Partial:
         raw.add_(predicted).add_(kept[:, None])
         baseline += kept
         if self.masks > 1:
-            mean = square.mul_(self.squared_weight / self.weight)
+            mean = measured.mul_(self.squared_weight / self.weight)
             # Rounding may leave -1e-20.
-            variance = self._second_moments(spec).sub_(mean).clamp_(min=0)
+            variance = self._second_moments(spec, unit).sub_(mean).clamp_(min=0)
             variance *= self.masks / (self.masks - 1) / self.weight
         else:
-            variance = torch.full_like(square, torch.nan)
-        relative_error = _relative_error(maps, variance)
-        found = (maps, raw, baseline, variance.sqrt_(), relative_error)
+            variance = torch.full_like(measured, torch.nan)
+        relative_error = _relative_error((maps / unit).square_(), variance)
+        found = (maps, raw, baseline, variance.sqrt_().mul_(unit), relative_error)
         return Maps(*(tensor.numpy() for tensor in found))
 
     def _measured(
@@ -209,14 +215,16 @@ class Partial:
         kept = torch.tensor(self.scores).to(dtype)[:, None, None] - raw.sum(dim=1)
         return raw.mul_(spec.K / spec.p_mask / self.weight), kept.div_((1 - spec.p_mask) * self.weight)
 
-    def _second_moments(self, spec: ExplainSpec) -> Float32[Tensor, "L M H W"]:
-        """Mean square of what a mask adds to a map, at every pixel.
+    def _second_moments(
+        self, spec: ExplainSpec, unit: Float[Tensor, "L 1 1 1"]
+    ) -> Float32[Tensor, "L M H W"]:
+        """Mean square of what a mask adds to a map, at every pixel, in squares of the unit.
 
         Over the mean square of the weight, which is known exactly, it is an average of squared scores that
         changes slowly from pixel to pixel, so it is interpolated between the points of the lattice.
         """
         points, weight, rows, columns = _lattice_to_pixels(spec, self.size)
-        at_points = torch.tensor(self.squares).div_(self.weight * points).float()
+        at_points = torch.tensor(self.squares).div_(self.weight * points * unit.double().square()).float()
         return stretched(at_points, rows, columns).mul_(weight).transpose(1, 2)
 
 
@@ -349,8 +357,8 @@ def method_maps(
 
 
 def _relative_error(
-    maps: Float[Tensor, "L M H W"], variance: Float32[Tensor, "L M H W"]
+    squares: Float[Tensor, "L M H W"], variance: Float32[Tensor, "L M H W"]
 ) -> Float64[Tensor, " L"]:
     """`rms(standard error) / rms(map)` of each target; NaN for a map that is zero without error."""
-    squares = variance.mean(dim=(1, 2, 3)), maps.square().mean(dim=(1, 2, 3))
-    return (squares[0].double() / squares[1].double()).sqrt_()
+    noise, signal = variance.mean(dim=(1, 2, 3)), squares.mean(dim=(1, 2, 3))
+    return (noise.double() / signal.double()).sqrt_()

@@ -181,6 +181,25 @@ def test_maps_are_linear_in_the_scores(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(together, np.concatenate([maps(f), maps(g)]), atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_of_scores_of_any_size_are_found(dtype: torch.dtype, rng: np.random.Generator) -> None:
+    spec, size = ExplainSpec(masks=50), (24, 20)
+    masks, scores = draw(spec, 0, 50), rng.random((50, 1))
+
+    def found(unit: float) -> Maps:
+        sums = UnitSums(spec, 1, size)
+        for values in (scores, 1e-3 * scores):
+            sums.accumulate(masks, unit * values)
+            sums.square(masks, unit * values)
+        return sums.partial(100).finalize(spec, dtype)
+
+    usual = found(1)
+    for unit in (1e-28, 1e12):
+        other = found(unit)
+        np.testing.assert_allclose(other.standard_error, unit * usual.standard_error, rtol=1e-4)
+        np.testing.assert_allclose(other.relative_error, usual.relative_error, rtol=1e-4)
+
+
 @given(cuts=st.lists(st.integers(1, 99), max_size=6, unique=True), batch=st.integers(1, 40))
 @settings(max_examples=25, deadline=None)
 def test_any_partition_gives_the_same_sums(cuts: list[int], batch: int) -> None:
