@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from mcrise_ray.kernels import TESTED, Windows, kernel_ridge, relevance
+from mcrise_ray.kernels import TESTED, Metric, Windows, kernel_ridge, learn_metric
 from mcrise_ray.masks import Masks, draw, uniform
 from mcrise_ray.plan import MOST_LEARNT, Unit
 from mcrise_ray.regression import Basis, logistic_moments, ridge
@@ -70,9 +70,7 @@ class Guide:
     Attributes:
         learnt: the S masks.
         patches: (Y, X), of the features.
-        scale: of the kernel: the standard deviation of a feature, or a multiple.
-        by_patch: `(Y, X)`, how much the scores depend on each patch.
-        by_fill: `(K, K)`, and on each fill and pair of fills (see `kernels.relevance`).
+        scale, by_patch, by_fill: how far apart masks are (see `kernels.Metric`).
         weights: `(S, Q)`, of the kernels in the logits of the targets and, where there are rivals, in the
             logarithms of all probabilities.
         constants: `(Q,)`, of the same.
@@ -231,8 +229,8 @@ def learn(
     if not scale or np.ptp(truth, axis=0).min() == 0:
         return None
     shape = (grid[0], spec.K, grid[1])
-    relevant, scale = relevance(known, truth, shape, scale, device, tested)
-    windows = Windows.of(known, shape, scale, relevant, device)
+    metric = learn_metric(known, truth, shape, scale, device, tested)
+    windows = Windows.of(known, metric, device)
     everything = np.concatenate([truth, _logarithms(share, scores)], axis=1) if rivals else truth
     constants, weights, lines, judges, unseen = kernel_ridge(windows.alike(known), known, everything, tested)
     # How far predictions are to be believed is judged by masks that are predicted without their own scores.
@@ -253,7 +251,8 @@ def learn(
             return None
     line = ridge(basis, fresh, best, np.ones(len(fresh), dtype=bool))
     bend = best - line.means - fresh @ line.slopes.T
-    found = masks, grid, scale, *relevant, weights, constants, lines, mix, rivals, spread
+    measure = metric.scale, metric.by_patch, metric.by_fill
+    found = masks, grid, *measure, weights, constants, lines, mix, rivals, spread
     return Guide(*found, line.means, line.slopes, variance, _candidates(bend, mine))
 
 
@@ -354,9 +353,10 @@ def _windows_of(
         np.frombuffer(cells, np.uint8).reshape(-1, *spec.grid).copy(),
         np.frombuffer(words, np.uint64).reshape(-1, 2),
     )
-    relevant = np.frombuffer(by_patch).reshape(grid), np.frombuffer(by_fill).reshape(spec.K, spec.K)
-    features = Features(spec, size, grid)(learnt)
-    return Windows.of(features, (grid[0], spec.K, grid[1]), scale, relevant, device)
+    metric = Metric(
+        np.frombuffer(by_patch).reshape(grid), np.frombuffer(by_fill).reshape(spec.K, spec.K), scale
+    )
+    return Windows.of(Features(spec, size, grid)(learnt), metric, device)
 
 
 @lru_cache(maxsize=_KEPT)

@@ -20,6 +20,7 @@ _FIRST_LOOK = 1024  # masks
 _OPENING = 512  # masks that a guide first learns from, at most
 _OPENING_PER_FILL = 384  # with one fill there is less to learn: 6 % less variance at N = 2048 than with 512
 MOST_LEARNT = 2048  # masks: a guide's prediction takes time in proportion, and more tell little more
+_WORTH_LEARNING = 1 / 8  # masks to come for each learnt from, at least: a better guide saves a sixth of these
 _MOST_GUIDED = 8  # targets: odds that suit many of them suit none
 _BETWEEN_LOOKS = 2**0.5  # ratio of N from one look to the next
 
@@ -92,7 +93,7 @@ def stages(spec: ExplainSpec, targets: int) -> tuple[int, ...]:
     """After how many units sums are brought together, and a guide of the next units may learn.
 
     Every look is among them. The first stage is the opening, whose masks no guide has picked; the number of
-    masks doubles from one stage to the next until a guide has learnt from `MOST_LEARNT`.
+    masks doubles from one stage to the next until a guide has learnt from `MOST_LEARNT`, or few are to come.
 
     Returns:
         Nothing where masks are not picked at all: by other estimators, with few masks, or many targets.
@@ -105,7 +106,8 @@ def stages(spec: ExplainSpec, targets: int) -> tuple[int, ...]:
     learnt = opening
     while learnt * size < MOST_LEARNT:
         learnt *= 2
-        ends.add(min(learnt, units))
+        if spec.masks - learnt * size >= learnt * size * _WORTH_LEARNING:
+            ends.add(learnt)
     return tuple(sorted(end for end in ends if end >= opening))
 
 
