@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float64
 
 from mcrise_ray import masks as mask_source
-from mcrise_ray.guide import CANDIDATES, Guide, Picked, candidates, predict
+from mcrise_ray.guide import CANDIDATES, OPENING_FOLDS, Guide, Picked, candidates, predict
 from mcrise_ray.masks import Masks
 from mcrise_ray.plan import Unit
 from mcrise_ray.saliency import Partial, UnitSums
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.threads import one_blas_thread, one_torch_thread
-from mcrise_ray.variates import CHUNK, FIRST_FRESH, FOLDS, FRESH_PER_MASK, Features, Fit, fresh
+from mcrise_ray.variates import CHUNK, FIRST_FRESH, FRESH_PER_MASK, Features, Fit, fresh
 
 Scored = Float64[np.ndarray, "N L"] | Picked  # what came of asking the model about one unit
 
@@ -94,7 +94,7 @@ def opening_unit(
     fresh_masks = mask_source.draw(spec, FIRST_FRESH, FIRST_FRESH + CANDIDATES * count)
     means = slopes = np.zeros(())
     for fold, guide in enumerate(guides):
-        mine = np.arange(fold, count, FOLDS)
+        mine = np.arange(fold, count, OPENING_FOLDS)
         extra = fresh_masks[(CANDIDATES * mine[:, None] + np.arange(CANDIDATES)).ravel()]
         both = Masks.concatenate([masks[mine], extra])
         best, _, line = predict(spec, size, guide, both, device)

@@ -35,9 +35,10 @@ from mcrise_ray.plan import MOST_LEARNT, Unit
 from mcrise_ray.regression import Basis, logistic_moments, ridge
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.threads import one_blas_thread, one_torch_thread
-from mcrise_ray.variates import FOLDS, Features, leverage, patches
+from mcrise_ray.variates import Features, leverage, patches
 
 CANDIDATES = 8  # at least, for each mask that is picked
+OPENING_FOLDS = 3  # of the first masks, each predicted by a guide of its own: more tell hardly more
 _MOST_CANDIDATES = 32
 # A model takes about so many times as long for a mask as all takes that a candidate needs, or longer.
 _CANDIDATES_IN_TIME = 40
@@ -276,8 +277,8 @@ def learn_by_fold(
         None where the scores of some fold's others are all the same.
     """
     masks, guides, own = draw(spec, 0, len(scores)), [], len(targets)
-    for fold in range(FOLDS):
-        others = np.arange(len(scores)) % FOLDS != fold
+    for fold in range(OPENING_FOLDS):
+        others = np.arange(len(scores)) % OPENING_FOLDS != fold
         rivals = find_rivals(scores[others, own:], targets)
         wanted = [*range(own), *(own + rival for rival in rivals)]
         known = scores[others][:, wanted]

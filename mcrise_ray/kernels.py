@@ -6,7 +6,7 @@ differences between fills, hardly tells masks apart: how much they depend on it 
 first fit to a few masks, as in recursive feature machines (Radhakrishnan et al. 2024).
 
 Axes: N masks; S masks learnt from, of which T are tested; Q quantities that are predicted; L targets;
-D features, which are Y patch rows, K fills and X patch columns, and of which a window has V.
+D features, which are Y patch rows, K fills and X patch columns; W windows, of V features each.
 """
 
 from __future__ import annotations
@@ -65,22 +65,23 @@ class Metric:
         return self.by_patch.shape[0], len(self.by_fill), self.by_patch.shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Windows:
     """Masks as the kernel sees them.
 
     Attributes:
-        right: per window, the features and half their squares, so that one product gives the exponents.
+        right: per window, the features, 1, and half their squares off the logarithm to base 2 of the window's
+            share in the kernel's mean: products with `_left` of other masks are exponents.
         mixed: what the features of all fills are multiplied by.
         stretched: and then those of each patch.
-        widths: and then those of each window.
+        widths: by which those of each window are divided.
         shape: (Y, K, X).
     """
 
-    right: tuple[Float32[Tensor, "V+2 S"], ...]
+    right: Float32[Tensor, "W V+2 S"]
     mixed: Float32[Tensor, "K K"]
-    stretched: Float32[Tensor, "Y 1 X"]
-    widths: tuple[float, ...]
+    stretched: Float32[Tensor, "Y 1 X 1"]
+    widths: Float32[Tensor, "W 1 1"]
     shape: tuple[int, int, int]
 
     @staticmethod
@@ -88,32 +89,22 @@ class Windows:
         features: Float64[np.ndarray, "S D"], metric: Metric, device: torch.device | str = "cpu"
     ) -> Windows:
         """Of masks with the given features, on the device on which likeness is computed."""
-        shape = metric.shape
+        shape, places = metric.shape, _places(metric.shape)
         squared = (metric.by_patch + _LEAST) ** _CONTRAST
-        mixed, stretched = (
-            torch.from_numpy(part).to(device, torch.float32)
-            for part in (_root(metric.by_fill), squared[:, None] ** 0.5)
-        )
         # Powers of two are computed fastest. A window's width does not depend on its relevance.
-        means = [float(squared[place].mean()) for place in _places(shape)]
-        sizes = [squared[place].size * shape[1] for place in _places(shape)]
-        widths = tuple(
-            metric.scale * (_WIDTH * size * mean * np.log(2)) ** 0.5
-            for size, mean in zip(sizes, means, strict=True)
-        )
-        shares = np.array([(metric.by_patch[place].mean() + _LEAST) ** _CONTRAST for place in _places(shape)])
-        parts = zip(
-            _seen(features, mixed, stretched, widths, shape),
-            np.log2(shares / shares.mean()).tolist(),
-            strict=True,
-        )
-        right = tuple(_right(part, share).T.contiguous() for part, share in parts)
-        return Windows(right, mixed, stretched, widths, shape)
+        means = [squared[place].mean() * squared[place].size * shape[1] for place in places]
+        widths = metric.scale * (_WIDTH * np.array(means) * np.log(2)) ** 0.5
+        shares = np.array([(metric.by_patch[place].mean() + _LEAST) ** _CONTRAST for place in places])
+        parts = _root(metric.by_fill), squared[:, None, :, None] ** 0.5, widths[:, None, None]
+        mixed, stretched, each = (torch.from_numpy(part).to(device, torch.float32) for part in parts)
+        windows = _seen(features, mixed, stretched, each, shape)
+        share = torch.from_numpy(np.log2(shares / shares.mean())).to(windows)[:, None, None]
+        right = torch.cat([windows, torch.ones_like(windows[:, :1]), share - _half(windows)], dim=1)
+        return Windows(right, mixed, stretched, each, shape)
 
     def alike(self, features: Float64[np.ndarray, "N D"]) -> Float64[Tensor, "N S"]:
         """How alike other masks are to each of these, between 0 and 1."""
-        of = self.right[0]
-        found = torch.empty(len(features), of.shape[1], dtype=torch.float64, device=of.device)
+        found = self.right.new_empty(len(features), self.right.shape[2], dtype=torch.float64)
         for part, total in self._totals(features):
             found[part] = total
         return found
@@ -123,7 +114,7 @@ class Windows:
     ) -> Float64[np.ndarray, "N Q"]:
         """How alike other masks are to these, each of these times its weight."""
         # Copied: what Ray hands out is read-only. Its rows are together: a product of few columns is slow.
-        weight = torch.tensor(weights.T, device=self.right[0].device, dtype=torch.float32)
+        weight = torch.tensor(weights.T, device=self.right.device, dtype=torch.float32)
         found = np.empty((len(features), weights.shape[1]))
         for part, total in self._totals(features):
             found[part] = (total @ weight.T).cpu().numpy()
@@ -133,20 +124,22 @@ class Windows:
         self, features: Float64[np.ndarray, "N D"], weights: Float64[np.ndarray, "S L"]
     ) -> Float32[Tensor, "L N Y K X"]:
         """How `similar` changes with each of the features of these; they are held all at once."""
-        weight = torch.tensor(weights.T, device=self.right[0].device, dtype=torch.float32)
-        found = weight.new_zeros(len(weight), len(features), *self.shape)
-        for (rows, columns), part, right, width in zip(
-            _places(self.shape), self._parts(features), self.right, self.widths, strict=True
+        weight = torch.tensor(weights.T, device=self.right.device, dtype=torch.float32)
+        found = weight.new_zeros(len(weight), features.shape[1], len(features))
+        inside = _inside(self.shape).to(weight.device)
+        windows = self._seen(features)
+        for window, left, right, width, index in zip(
+            windows, _left(windows), self.right, self.widths, inside, strict=True
         ):
-            alike = torch.mm(_left(part), right).exp2_()
+            alike = torch.mm(left.T, right).exp2_()
             for out, one in zip(found, weight, strict=True):
                 pull = alike * one
-                along = pull @ right[:-2].T - part * pull.sum(dim=1, keepdim=True)
-                out[:, rows, :, columns] += along.div_(width).view_as(out[:, rows, :, columns])
-        found *= self.stretched * (np.log(2) / len(self.right))
-        return torch.einsum("lnykx,jk->lnyjx", found, self.mixed)
+                out.index_add_(0, index, (right[:-2] @ pull.T - window * pull.sum(dim=1)).div_(width))
+        along = found.view(len(found), *self.shape, -1) * self.stretched
+        along *= np.log(2) / len(self.right)
+        return torch.einsum("lykxn,jk->lnyjx", along, self.mixed)
 
-    def _parts(self, features: Float64[np.ndarray, "N D"]) -> list[Float32[Tensor, "N V"]]:
+    def _seen(self, features: Float64[np.ndarray, "N D"]) -> Float32[Tensor, "W V N"]:
         return _seen(features, self.mixed, self.stretched, self.widths, self.shape)
 
     def _totals(
@@ -155,15 +148,14 @@ class Windows:
         """Rows of `alike`, a few at a time, in a buffer that the next ones overwrite: new memory would take
         as long as the products.
         """
-        of = self.right[0]
-        one, total = of.new_empty(2, min(_AT_ONCE, len(features)), of.shape[1])
+        one, total = self.right.new_empty(2, min(_AT_ONCE, len(features)), self.right.shape[2])
         for start in range(0, len(features), _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, len(features)))
-            windows = self._parts(features[part])
-            rows = slice(len(windows[0]))
-            for place, (window, right) in enumerate(zip(windows, self.right, strict=True)):
+            lefts = _left(self._seen(features[part]))
+            rows = slice(lefts.shape[2])
+            for place, (left, right) in enumerate(zip(lefts, self.right, strict=True)):
                 into = one[rows] if place else total[rows]
-                torch.mm(_left(window), right, out=into).exp2_()
+                torch.mm(left.T, right, out=into).exp2_()
                 if place:
                     total[rows].add_(into)
             yield part, total[rows].div_(len(self.right))
@@ -228,22 +220,27 @@ def _root(by_fill: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
 def _seen(
     features: Float64[np.ndarray, "N D"],
     mixed: Float32[Tensor, "K K"],
-    stretched: Float32[Tensor, "Y 1 X"],
-    widths: tuple[float, ...],
+    stretched: Float32[Tensor, "Y 1 X 1"],
+    widths: Float32[Tensor, "W 1 1"],
     shape: tuple[int, int, int],
-) -> list[Float32[Tensor, "N V"]]:
+) -> Float32[Tensor, "W V N"]:
     """The features in each window, as the kernel has them: it is `2 ** (-|a - b|**2 / 2)`."""
-    images = torch.from_numpy(features).to(mixed.device, torch.float32).view(-1, *shape)
-    images = torch.einsum("nykx,kj->nyjx", images, mixed) * stretched
-    return [
-        (images[:, rows, :, columns] / width).flatten(1)
-        for (rows, columns), width in zip(_places(shape), widths, strict=True)
-    ]
+    images = torch.from_numpy(features).to(mixed.device, torch.float32).T.reshape(*shape, -1)
+    images = torch.einsum("ykxn,kj->yjxn", images, mixed) * stretched
+    inside = _inside(shape).to(mixed.device)
+    return images.flatten(0, 2)[inside.flatten()].view(*inside.shape, -1).div_(widths)
+
+
+@lru_cache(maxsize=16)
+def _inside(shape: tuple[int, int, int]) -> Int64[Tensor, "W V"]:
+    """Which features are in each window."""
+    index = np.arange(math.prod(shape)).reshape(shape)
+    return torch.from_numpy(np.stack([index[rows, :, columns].ravel() for rows, columns in _places(shape)]))
 
 
 @lru_cache(maxsize=16)
 def _places(shape: tuple[int, int, int]) -> tuple[tuple[slice, slice], ...]:
-    """Patch rows and columns of each window."""
+    """Patch rows and columns of each window; all windows are of the same size."""
     sizes = _ONE_FILL if shape[1] == 1 else _MORE_FILLS
     rows, columns = (
         [slice(place, place + span) for place in places]
@@ -261,18 +258,13 @@ def _along(count: int, share: float, apart: float) -> tuple[int, list[int]]:
     return span, sorted({round(place) for place in np.linspace(0, count - span, windows)})
 
 
-def _left(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N W"]:
-    """What has to be multiplied with `_right` of other masks for `-|a - b|**2 / 2`."""
-    return torch.cat([window, -_half(window), window.new_ones(len(window), 1)], dim=1)
+def _left(windows: Float32[Tensor, "W V N"]) -> Float32[Tensor, "W V+2 N"]:
+    """What has to be multiplied with `Windows.right` for `-|a - b|**2 / 2`."""
+    return torch.cat([windows, -_half(windows), torch.ones_like(windows[:, :1])], dim=1)
 
 
-def _right(window: Float32[Tensor, "N V"], share: float) -> Float32[Tensor, "N W"]:
-    """With the logarithm to base 2 of the window's share in the kernel's mean."""
-    return torch.cat([window, window.new_ones(len(window), 1), share - _half(window)], dim=1)
-
-
-def _half(window: Float32[Tensor, "N V"]) -> Float32[Tensor, "N 1"]:
-    return window.square().sum(dim=1, keepdim=True) / 2
+def _half(windows: Float32[Tensor, "W V N"]) -> Float32[Tensor, "W 1 N"]:
+    return windows.square().sum(dim=1, keepdim=True) / 2
 
 
 def kernel_ridge(
@@ -287,8 +279,8 @@ def kernel_ridge(
     Int64[np.ndarray, " T"],
     Float64[np.ndarray, "T Q"],
 ]:
-    """Constants, weights, and slopes of the features; and of T of the masks, fewer than twice `most`, which
-    ones, and what they are predicted to have by a fit to all masks but themselves.
+    """Constants, weights, and slopes of the features; and of T of the masks, at most `most`, which ones,
+    and what they are predicted to have by a fit to all masks but themselves.
 
     What follows from the features by lines is learnt from far fewer masks where the kernel is `alike` plus a
     share of the features' products; where nothing does, these only add noise. The share and the ridge are
@@ -296,7 +288,7 @@ def kernel_ridge(
     The ridge does not depend on their number: it is the noise of a score in units of the kernel.
     """
     constants = truth.mean(axis=0)
-    tested = np.arange(0, len(alike), max(1, len(alike) // most))
+    tested = np.arange(0, len(alike), -(-len(alike) // most))
     # The tested ones come last: of the inverse, what concerns them is the inverse of the last block alone.
     order = np.concatenate([np.delete(np.arange(len(alike)), tested), tested])
     along = torch.from_numpy(order).to(alike.device)
@@ -321,7 +313,7 @@ def _share(
     alike: Float64[Tensor, "T T"], scaled: Float64[Tensor, "T D"], around: Float64[Tensor, "T Q"]
 ) -> float:
     """Of the products in the kernel: the first that no larger one improves on, by a few masks; or none."""
-    few = slice(None, None, max(1, len(alike) // _JUDGES))
+    few = slice(None, None, -(-len(alike) // _JUDGES))
     products = scaled[few] @ scaled[few].T
     best, least = 0.0, _WORTH * _ridges(alike[few, few], around[few])[0]
     for share in _SHARES:

@@ -27,6 +27,7 @@ from mcrise_ray.estimators import opening_unit, picked_unit, residual_unit
 from mcrise_ray.explainer import Subject, perform, run_unit
 from mcrise_ray.guide import (
     CANDIDATES,
+    OPENING_FOLDS,
     Guide,
     Picked,
     candidates,
@@ -44,7 +45,7 @@ from mcrise_ray.saliency import UnitSums, method_maps
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
 from mcrise_ray.tasks import Inspection, Saved, Target
-from mcrise_ray.variates import FIRST_FRESH, FOLDS, Features, fit_scores, leverage
+from mcrise_ray.variates import FIRST_FRESH, Features, fit_scores, leverage
 
 GOLDEN_TICKS = [0.38900457066483796, 0.9339474069420248]  # of masks 0 and 1 of the default spec
 SMALL = (4, 5)
@@ -223,7 +224,7 @@ def test_sums_of_the_opening_are_those_of_its_masks_one_by_one(method: str, colo
     raw, kept, expected = np.zeros((spec.K, *SMALL)), np.zeros(SMALL), np.zeros((spec.K, *SMALL))
     fresh = draw(spec, FIRST_FRESH, FIRST_FRESH + CANDIDATES * 128)
     for fold, guide in enumerate(by_fold):
-        mine = list(range(fold, 128, FOLDS))
+        mine = list(range(fold, 128, OPENING_FOLDS))
         places = [CANDIDATES * n + one for n in mine for one in range(CANDIDATES)]
         # All in one call, as there: likeness is computed in float32, whose roundings depend on the shape.
         both = Masks.concatenate([masks[np.array(mine)], fresh[np.array(places)]])
@@ -244,9 +245,9 @@ def test_masks_of_the_opening_are_predicted_by_guides_that_know_nothing_of_their
     masks = draw(spec, 0, 128)
     scores = rare(spec, SMALL)(masks)
     known = fold_guides(spec, scores)
-    for fold in range(FOLDS):
+    for fold in range(OPENING_FOLDS):
         changed = scores.copy()
-        changed[fold::FOLDS] = changed[fold::FOLDS][:, ::-1]
+        changed[fold::OPENING_FOLDS] = changed[fold::OPENING_FOLDS][:, ::-1]
         for other, (before, after) in enumerate(zip(known, fold_guides(spec, changed), strict=True)):
             same = np.array_equal(
                 predict(spec, SMALL, before, masks)[0], predict(spec, SMALL, after, masks)[0]
@@ -576,7 +577,7 @@ def test_masks_are_predicted_without_their_own_scores(masks: int, lines: float) 
     constants, weights, slopes, tested, unseen = kernel_ridge(windows.alike(features), features, truth)
     left = truth - constants - windows.similar(features, weights) - features @ slopes
     strength = (left / weights).mean()
-    np.testing.assert_array_equal(tested, range(0, masks, max(1, masks // 512)))
+    np.testing.assert_array_equal(tested, range(0, masks, -(-masks // 512)))
     products = features @ features.T / features.var() / 24
     # Lines are what the weights make of the products: of a share of them that is one of a few.
     of_one = features.T @ weights / features.var() / 24
