@@ -17,7 +17,7 @@ from mcrise_ray.masks import Masks
 from mcrise_ray.plan import Unit
 from mcrise_ray.saliency import Partial, UnitSums
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.threads import one_blas_thread, one_torch_thread
+from mcrise_ray.threads import one_blas_thread
 from mcrise_ray.variates import CHUNK, FIRST_FRESH, FRESH_PER_MASK, Features, Fit, fresh
 
 Scored = Float64[np.ndarray, "N L"] | Picked  # what came of asking the model about one unit
@@ -76,7 +76,6 @@ def residual_unit(
     return sums.partial(len(unit), *fit.expected(fit.rows(unit.start, unit.stop), spec.K))
 
 
-@one_torch_thread()
 def opening_unit(
     spec: ExplainSpec,
     size: tuple[int, int],

@@ -34,7 +34,7 @@ from mcrise_ray.masks import Masks, draw, uniform
 from mcrise_ray.plan import MOST_LEARNT, Unit
 from mcrise_ray.regression import Basis, logistic_moments, ridge
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.threads import one_blas_thread, one_torch_thread
+from mcrise_ray.threads import one_blas_thread
 from mcrise_ray.variates import Features, leverage, patches
 
 CANDIDATES = 8  # at least, for each mask that is picked
@@ -189,7 +189,6 @@ def predict(
     return best, noise, line
 
 
-@one_torch_thread()
 def learn(
     spec: ExplainSpec,
     size: tuple[int, int],

@@ -21,12 +21,7 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-_WIDTH = 0.85  # of the narrowest kernel, in mean squared differences of features of a window
-_WIDER = 1.4, 2.0, 2.8  # times that: rarer fills need wider kernels, by image too
-# Length of a window, as a share of the image's, and how far apart they are, at most, as a share of their own.
-# Where patches are finer than cells, smaller windows closer together tell more: 5 to 8 % less variance.
-_ONE_FILL = 5 / 14, 0.4
-_MORE_FILLS = 1 / 2, 0.5
+_WIDER = 1.4, 2.0, 2.8  # times the width: rarer fills need wider kernels, by image too
 _CONTRAST = 0.75  # power of the relevance by which squared differences, and windows, are weighted
 _LEAST = 1e-3  # relevance of what the scores do not depend on, where the mean is 1
 _LOOKED_AT = 256  # masks that the relevance is learnt from, and judged by: more tell hardly more
@@ -38,6 +33,28 @@ _WORTH = 0.9
 _JUDGES = 128  # masks by which the share is chosen: each takes an eigendecomposition
 TESTED = 512  # masks by which the ridge is chosen and judged: eigenvectors of more take seconds
 _AT_ONCE = 1024  # masks compared with those learnt from: with fewer, two threads have too little to do
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Of the windows.
+
+    Attributes:
+        length: share of the image's.
+        apart: how far, at most, as a share of their length.
+        width: of the narrowest kernel, in mean squared differences of features of a window.
+    """
+
+    length: float
+    apart: float
+    width: float
+
+    @staticmethod
+    def of(fills: int) -> _Layout:
+        """Where there is one fill, patches are finer than cells: smaller windows that are closer together
+        tell more then, and leave 5 to 8 % less variance.
+        """
+        return _Layout(5 / 14, 0.4, 0.6) if fills == 1 else _Layout(1 / 2, 0.5, 0.85)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +110,7 @@ class Windows:
         squared = (metric.by_patch + _LEAST) ** _CONTRAST
         # Powers of two are computed fastest. A window's width does not depend on its relevance.
         means = [squared[place].mean() * squared[place].size * shape[1] for place in places]
-        widths = metric.scale * (_WIDTH * np.array(means) * np.log(2)) ** 0.5
+        widths = metric.scale * (_Layout.of(shape[1]).width * np.array(means) * np.log(2)) ** 0.5
         shares = np.array([(metric.by_patch[place].mean() + _LEAST) ** _CONTRAST for place in places])
         parts = _root(metric.by_fill), squared[:, None, :, None] ** 0.5, widths[:, None, None]
         mixed, stretched, each = (torch.from_numpy(part).to(device, torch.float32) for part in parts)
@@ -241,20 +258,18 @@ def _inside(shape: tuple[int, int, int]) -> Int64[Tensor, "W V"]:
 @lru_cache(maxsize=16)
 def _places(shape: tuple[int, int, int]) -> tuple[tuple[slice, slice], ...]:
     """Patch rows and columns of each window; all windows are of the same size."""
-    sizes = _ONE_FILL if shape[1] == 1 else _MORE_FILLS
+    layout = _Layout.of(shape[1])
     rows, columns = (
         [slice(place, place + span) for place in places]
-        for span, places in (_along(count, *sizes) for count in (shape[0], shape[2]))
+        for span, places in (_along(count, layout) for count in (shape[0], shape[2]))
     )
     return tuple((y, x) for y in rows for x in columns)
 
 
-def _along(count: int, share: float, apart: float) -> tuple[int, list[int]]:
-    """Length and places of the windows along an axis: their share of it, and at most how far apart they are,
-    as a share of their own length.
-    """
-    span = math.ceil(count * share)
-    windows = 1 + math.ceil((count - span) / (apart * span))
+def _along(count: int, layout: _Layout) -> tuple[int, list[int]]:
+    """Length and places of the windows along an axis of so many patches."""
+    span = math.ceil(count * layout.length)
+    windows = 1 + math.ceil((count - span) / (layout.apart * span))
     return span, sorted({round(place) for place in np.linspace(0, count - span, windows)})
 
 

@@ -1,19 +1,17 @@
 """Keeps threads out of each other's way.
 
 After a product of matrices, the threads of numpy's OpenBLAS wait for the next one by spinning. Torch and ONNX
-Runtime, whose turn it is then, have to share the cores with them: learning took twice as long. And threads of
-torch that share a small piece of work wait for each other longer than they work.
+Runtime, whose turn it is then, have to share the cores with them: learning took twice as long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, contextmanager
-from threading import Lock, RLock
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from threading import Lock
 from typing import ParamSpec, TypeVar
 
 import numpy  # noqa: F401  # whose OpenBLAS must be there to be found
-import torch
 from threadpoolctl import OpenBLASController, ThreadpoolController
 
 P = ParamSpec("P")
@@ -56,21 +54,3 @@ def one_blas_thread(function: Callable[P, R]) -> Callable[P, R]:
     For functions in which torch does what takes long; not for those that ask models, which may be numpy's.
     """
     return _alone(function)
-
-
-_torch = RLock()
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Torch has no threads beside the one that calls it.
-
-    Others who want the same wait: who comes second would put back the first one's limit after it has left.
-    """
-    with _torch:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)

@@ -457,17 +457,18 @@ def test_rivals_score_most_behind_masks_and_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize("relevant", [False, True])
-def test_kernel_is_a_mean_of_gaussians_of_windows(relevant: bool) -> None:
+@pytest.mark.parametrize(("fills", "width"), [(1, 0.6), (2, 0.85)])
+def test_kernel_is_a_mean_of_gaussians_of_windows(fills: int, width: float, relevant: bool) -> None:
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(5, 4 * 2 * 3))
-    known = made_up_metric(rng, 0.5) if relevant else Metric.flat((4, 2, 3), 0.5)
+    features = rng.normal(size=(5, 4 * fills * 3))
+    known = made_up_metric(rng, 0.5, fills) if relevant else Metric.flat((4, fills, 3), 0.5)
     found = Windows.of(features[:2], known).alike(features).numpy()
     by_patch = known.by_patch
     # Squared differences between fills by a power of a matrix, of patches by a power of a number.
     values, vectors = np.linalg.eigh(known.by_fill)
     powers = (values + 1e-3) ** 0.75
     metric = vectors @ np.diag(powers / powers.mean()) @ vectors.T
-    images = features.reshape(5, 4, 2, 3) / 0.5
+    images = features.reshape(5, 4, fills, 3) / 0.5
     wanted, total = np.zeros((5, 2)), 0.0
     for y in (0, 1, 2):
         for x in (0, 1):
@@ -475,7 +476,7 @@ def test_kernel_is_a_mean_of_gaussians_of_windows(relevant: bool) -> None:
             share, weight = (weight.mean() + 1e-3) ** 0.75, (weight + 1e-3) ** 0.75
             apart = window[:, None] - window[None, :2]
             squares = np.einsum("nsykx,kj,nsyjx->nsyx", apart, metric, apart) * weight / weight.mean()
-            wanted += share * np.exp(-squares.sum(axis=(2, 3)) / 8 / (2 * 0.85))
+            wanted += share * np.exp(-squares.sum(axis=(2, 3)) / (4 * fills) / (2 * width))
             total += share
     np.testing.assert_allclose(found, wanted / total, atol=1e-6)
 
@@ -498,8 +499,10 @@ def test_windows_cover_the_image_and_none_comes_twice(shape: tuple[int, int, int
     assert len({(rows.start, columns.start) for rows, columns in places}) == len(places) == windows
 
 
-def made_up_metric(rng: np.random.Generator, scale: float) -> Metric:
-    return Metric(rng.uniform(0.1, 2, size=(4, 3)), np.array([[1.2, -0.5], [-0.5, 0.8]]), scale)
+def made_up_metric(rng: np.random.Generator, scale: float, fills: int = 2) -> Metric:
+    return Metric(
+        rng.uniform(0.1, 2, size=(4, 3)), np.array([[1.2, -0.5], [-0.5, 0.8]])[:fills, :fills], scale
+    )
 
 
 def test_slopes_are_those_of_what_is_similar() -> None:

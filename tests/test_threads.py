@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from threadpoolctl import OpenBLASController, ThreadpoolController
 
 from mcrise_ray import ExplainSpec, explain, guide, reduction
-from mcrise_ray.threads import one_blas_thread, one_torch_thread
+from mcrise_ray.threads import one_blas_thread
 
 SPINNING = ThreadpoolController().select(internal_api="openblas").select(threading_layer="pthreads")
 # Scipy brings another, which a test may load later.
@@ -88,36 +87,3 @@ def test_models_keep_their_threads_and_numerics_have_one(monkeypatch: pytest.Mon
         watched("model", scores), np.full((16, 16, 3), 255, np.uint8), 0, ExplainSpec(masks=1024, grid=(3, 3))
     )
     assert found == {"model": {3}, "predict": {1}, "learn": {1}}
-
-
-def test_torch_has_one_inside_and_gets_its_own_back() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with pytest.raises(ValueError, match="inside 1"), one_torch_thread():
-            raise ValueError(f"inside {torch.get_num_threads()}")
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_torch_has_its_own_back_after_several_threads() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    entered = Event()
-
-    def stay() -> int:
-        with one_torch_thread():
-            entered.set()
-            return torch.get_num_threads()
-
-    try:
-        with ThreadPoolExecutor() as pool:
-            with one_torch_thread():
-                other = pool.submit(stay)
-                assert not entered.wait(0.1)  # it waits for its turn
-            assert other.result(30) == 1
-            assert pool.submit(torch.get_num_threads).result(30) == 3
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
