@@ -53,7 +53,8 @@ _WORTH = 0.8
 _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _NOT_ONE = 1e-2  # how far the sum of probabilities may lie from 1: bfloat16 rounds them
 _PER_CELL = 1.75  # patches along an axis, with one fill (see `variates`): smaller ones tell hardly more
-_RIVALS = 7
+_RIVALS, _MORE_RIVALS = 7, 15  # at most; more only of those that score
+_LEAST_RIVAL = 3e-3  # in the mean, or more: of rarer ones too little is seen
 _TESTED_BY_FOLD = 128  # guides that pick nothing need not know how far they are to be believed
 _CHUNK = 1024  # masks predicted at a time
 _KEPT = 4  # guides whose windows a worker keeps: they take 6 MiB each
@@ -294,8 +295,11 @@ def find_rivals(everything: Float64[np.ndarray, "N classes"], targets: Sequence[
     """
     if everything.shape[1] <= 2 or np.abs(everything.sum(axis=1) - 1).max() > _NOT_ONE:
         return ()
-    order = np.argsort(-everything.mean(axis=0), kind="stable").tolist()
-    return tuple(sorted([index for index in order if index not in targets][:_RIVALS]))
+    mean = everything.mean(axis=0)
+    others = [index for index in np.argsort(-mean, kind="stable").tolist() if index not in targets]
+    return tuple(
+        sorted([*others[:_RIVALS], *(i for i in others[_RIVALS:_MORE_RIVALS] if mean[i] >= _LEAST_RIVAL)])
+    )
 
 
 def _logarithms(

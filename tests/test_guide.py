@@ -448,8 +448,12 @@ def test_scores_that_are_small_behind_all_masks_are_learnt_as_well() -> None:
 
 
 def test_rivals_score_most_behind_masks_and_exclude_each_other() -> None:
-    shares = np.random.default_rng(0).dirichlet(np.arange(1, 13), size=50)
-    assert find_rivals(shares, [11, 3]) == (4, 5, 6, 7, 8, 9, 10)
+    shares = np.random.default_rng(0).dirichlet(np.arange(1, 31), size=5000)
+    assert find_rivals(shares, [29, 3]) == tuple(range(14, 29))
+    # Beyond seven, only those that score 0.003 or more in the mean.
+    for often, rivals in ((5, (0, 1, 2, 3, 5, 6, 7)), (11, tuple(range(10)))):
+        rare = np.concatenate([np.full((5, often), 0.99 / often), np.full((5, 20), 0.01 / 20)], axis=1)
+        assert find_rivals(rare, [often - 1]) == rivals
     assert find_rivals(shares[:, :3] / shares[:, :3].sum(axis=1, keepdims=True), [2]) == (0, 1)
     assert find_rivals(shares[:, :2] / shares[:, :2].sum(axis=1, keepdims=True), [1]) == ()
     assert find_rivals(shares * 1.1, [0]) == ()  # sigmoids
