@@ -32,6 +32,7 @@ from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import expectation
 
 _STRETCHES = 4, 2  # of rows and columns: half the products, and each of them is large enough to be quick
+_SMALL = 1e-9  # scores of which the squares of a thousandth are still numbers of float32
 _TINY = 1e-30  # the least unit of scores: float32 holds it and its inverse
 _MOST_SQUARES = 4096  # sums of squares per target: with more, they would cost more than the masks
 
@@ -185,10 +186,8 @@ class Partial:
         # wait for each other; in place, and with axes that lie as L H K W.
         raw, baseline = self._measured(spec, dtype)
         maps = method_maps(spec, raw, baseline)
-        # Errors in float32, as squares are: in units in which it takes no square that matters for 0.
-        unit = torch.tensor(self.squares).amax(dim=(1, 2, 3), keepdim=True).div_(self.weight).sqrt_()
-        unit = unit.clamp_(min=_TINY).to(dtype)
-        measured = (maps / unit).float().square_()
+        unit = self._unit(dtype)
+        measured = (maps if unit is None else maps / unit).float().square()
         predicted = expectation(spec, self.size, self.slopes / self.weight, dtype)
         kept = predicted.sum(dim=1).mul_(-spec.p_mask / spec.K)
         kept += (torch.tensor(self.means)[:, None, None] / self.weight).to(dtype)
@@ -203,9 +202,19 @@ class Partial:
             variance *= self.masks / (self.masks - 1) / self.weight
         else:
             variance = torch.full_like(measured, torch.nan)
-        relative_error = _relative_error((maps / unit).square_(), variance)
-        found = (maps, raw, baseline, variance.sqrt_().mul_(unit), relative_error)
+        relative_error = _relative_error(maps if unit is None else maps / unit, variance)
+        standard_error = variance.sqrt_() if unit is None else variance.sqrt_().mul_(unit)
+        found = (maps, raw, baseline, standard_error, relative_error)
         return Maps(*(tensor.numpy() for tensor in found))
+
+    def _unit(self, dtype: torch.dtype) -> Float[Tensor, "L 1 1 1"] | None:
+        """In which errors are computed in float32, as squares are: of the usual size it need not be another
+        than 1, but of scores near 1e-20 it would take all squares for 0.
+        """
+        unit = torch.tensor(self.squares).amax(dim=(1, 2, 3), keepdim=True).div_(self.weight).sqrt_()
+        if bool(((unit > _SMALL) | (unit == 0)).all()):
+            return None
+        return unit.clamp_(min=_TINY).to(dtype)
 
     def _measured(
         self, spec: ExplainSpec, dtype: torch.dtype
@@ -216,7 +225,7 @@ class Partial:
         return raw.mul_(spec.K / spec.p_mask / self.weight), kept.div_((1 - spec.p_mask) * self.weight)
 
     def _second_moments(
-        self, spec: ExplainSpec, unit: Float[Tensor, "L 1 1 1"]
+        self, spec: ExplainSpec, unit: Float[Tensor, "L 1 1 1"] | None
     ) -> Float32[Tensor, "L M H W"]:
         """Mean square of what a mask adds to a map, at every pixel, in squares of the unit.
 
@@ -224,8 +233,10 @@ class Partial:
         changes slowly from pixel to pixel, so it is interpolated between the points of the lattice.
         """
         points, weight, rows, columns = _lattice_to_pixels(spec, self.size)
-        at_points = torch.tensor(self.squares).div_(self.weight * points * unit.double().square()).float()
-        return stretched(at_points, rows, columns).mul_(weight).transpose(1, 2)
+        at_points = torch.tensor(self.squares).div_(self.weight * points)
+        if unit is not None:
+            at_points /= unit.double().square()
+        return stretched(at_points.float(), rows, columns).mul_(weight).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -357,8 +368,8 @@ def method_maps(
 
 
 def _relative_error(
-    squares: Float[Tensor, "L M H W"], variance: Float32[Tensor, "L M H W"]
+    maps: Float[Tensor, "L M H W"], variance: Float32[Tensor, "L M H W"]
 ) -> Float64[Tensor, " L"]:
     """`rms(standard error) / rms(map)` of each target; NaN for a map that is zero without error."""
-    noise, signal = variance.mean(dim=(1, 2, 3)), squares.mean(dim=(1, 2, 3))
-    return (noise.double() / signal.double()).sqrt_()
+    squares = variance.mean(dim=(1, 2, 3)), maps.square().mean(dim=(1, 2, 3))
+    return (squares[0].double() / squares[1].double()).sqrt_()
