@@ -77,10 +77,10 @@ class UnitSums:
         """Add the squares of what each mask adds to the maps, at the points of `lattice`."""
         rows, columns, values = self._points
         weights = sampled(masks, self._size, rows, columns, values).square_().flatten(1)
-        # In units of the largest: float32 takes squares of 1e-23 for 0.
-        largest = np.maximum(np.abs(scores).max(axis=0), _TINY)
-        added = torch.from_numpy((scores / largest) ** 2).float().T @ weights
-        self._squares += added.view(self._squares.shape).numpy() * (largest**2)[:, None, None, None]
+        unit = _unit(np.abs(scores).max(axis=0))
+        squares = (scores if unit is None else scores / unit) ** 2
+        added = (torch.from_numpy(squares).float().T @ weights).view(self._squares.shape).numpy()
+        self._squares += added if unit is None else added * (unit**2)[:, None, None, None]
 
     def partial(
         self,
@@ -186,7 +186,8 @@ class Partial:
         # wait for each other; in place, and with axes that lie as L H K W.
         raw, baseline = self._measured(spec, dtype)
         maps = method_maps(spec, raw, baseline)
-        unit = self._unit(dtype)
+        sizes = _unit((self.squares.max(axis=(1, 2, 3)) / self.weight) ** 0.5)
+        unit = None if sizes is None else torch.from_numpy(sizes).to(dtype)[:, None, None, None]
         measured = (maps if unit is None else maps / unit).float().square()
         predicted = expectation(spec, self.size, self.slopes / self.weight, dtype)
         kept = predicted.sum(dim=1).mul_(-spec.p_mask / spec.K)
@@ -206,15 +207,6 @@ class Partial:
         standard_error = variance.sqrt_() if unit is None else variance.sqrt_().mul_(unit)
         found = (maps, raw, baseline, standard_error, relative_error)
         return Maps(*(tensor.numpy() for tensor in found))
-
-    def _unit(self, dtype: torch.dtype) -> Float[Tensor, "L 1 1 1"] | None:
-        """In which errors are computed in float32, as squares are: of the usual size it need not be another
-        than 1, but of scores near 1e-20 it would take all squares for 0.
-        """
-        unit = torch.tensor(self.squares).amax(dim=(1, 2, 3), keepdim=True).div_(self.weight).sqrt_()
-        if bool(((unit > _SMALL) | (unit == 0)).all()):
-            return None
-        return unit.clamp_(min=_TINY).to(dtype)
 
     def _measured(
         self, spec: ExplainSpec, dtype: torch.dtype
@@ -273,6 +265,16 @@ def _weights_at_points(
         for cells, pixels, chosen in zip(spec.grid, size, lattice(spec, size), strict=True)
     )
     return rows, columns, method_weights(spec).float()
+
+
+def _unit(sizes: Float64[np.ndarray, " L"]) -> Float64[np.ndarray, " L"] | None:
+    """In which squares of numbers of such sizes are taken in float32; None where that is 1 for all. Of scores
+    near 1e-20, float32 would take the squares for 0.
+    """
+    if ((sizes > _SMALL) | (sizes == 0)).all():
+        return None
+    unit: np.ndarray = np.maximum(sizes, _TINY)
+    return unit
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:
