@@ -57,7 +57,7 @@ _RIVALS, _MORE_RIVALS = 7, 15  # at most; more only of those that score
 _LEAST_RIVAL = 3e-3  # in the mean, or more: of rarer ones too little is seen
 _TESTED_BY_FOLD = 128  # guides that pick nothing need not know how far they are to be believed
 _CHUNK = 1024  # masks predicted at a time
-_KEPT = 4  # guides whose windows a worker keeps: they take 6 MiB each
+_KEPT = 4  # guides whose windows a worker keeps: they take up to 8 MiB each
 _SMALLEST = 1e-6  # of the largest score, or below 1: a score nearer than this to 0 or 1 has no finite logit
 
 
