@@ -29,6 +29,7 @@ from mcrise_ray.loading import ModelSpec
 from mcrise_ray.masks import draw
 from mcrise_ray.memory import forget_peak, peak_memory
 from mcrise_ray.models import Model, load_model
+from mcrise_ray.plan import stages
 from mcrise_ray.precision import Execution
 from mcrise_ray.progress import Quiet
 from mcrise_ray.scores import launch
@@ -138,6 +139,8 @@ def report(case: Case, output: str | None = None) -> Iterator[str]:
         yield str(ratio)
         if ratio.name == OVERHEAD:
             yield f"  {cost(case.spec.masks / ratio.first, price)}"
+            if not stages(case.spec, 1) and stages(case.spec.model_copy(update={"masks": IMAGE_MASKS}), 1):
+                yield f"  of {case.spec.masks} masks none are picked; --masks {IMAGE_MASKS} measures that too"
     if output is not None:
         content = {
             "bench": case.bench.model_dump(mode="json"),

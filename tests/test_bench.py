@@ -112,6 +112,7 @@ def test_the_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
     assert any(
         re.fullmatch(r"  .* masks/s, .* s an image of 8000 masks, which .* at 2 an hour", x) for x in lines
     )
+    assert "  of 64 masks none are picked; --masks 8000 measures that too" in lines
     written = json.loads(output.read_text())
     assert written["ratios"][0]["name"] == "explain / bare forward"
     assert written["execution"]["batch_size"] == 16
