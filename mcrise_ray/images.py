@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, count
 from typing import Any, Final
@@ -48,6 +48,8 @@ class ImageRef:
         pid, camid: the person on it and the camera, where its manifest tells; see `mcrise_ray.identity`.
         problem: why it cannot be explained, where that is known already; it gets an error row.
         stage: at which that showed.
+        class_folder: the name of the folder whose place is the label, where one is.
+        class_folders: how many there are.
     """
 
     image_id: str
@@ -58,6 +60,8 @@ class ImageRef:
     camid: int | None = None
     problem: str | None = None
     stage: str = "list"
+    class_folder: str | None = field(default=None, compare=False)
+    class_folders: int | None = field(default=None, compare=False)
 
     def __hash__(self) -> int:
         """A driver looks images up all the time, and its names tell them apart."""
@@ -222,7 +226,10 @@ def _list_folder(folder: str, classes: dict[str, int]) -> Iterator[ImageRef]:
             image_id = relative or files.printable(folder)
             yield ImageRef(image_id, location, problem=f"{files.shown(location)}: {problem}")
         elif os.path.splitext(relative)[1].lower() in SUFFIXES:
-            yield ImageRef(relative, location, classes.get(relative.partition("/")[0]))
+            ref = ImageRef(relative, location)
+            if (name := relative.partition("/")[0]) in classes:
+                ref = replace(ref, label=classes[name], class_folder=name, class_folders=len(classes))
+            yield ref
 
 
 def _inside(found: shards.Inside, prefix: str = "") -> ImageRef:

@@ -71,7 +71,7 @@ def choose_targets(
                     "expected a label for target 'truth', found none; give one in a manifest (column label), "
                     "or use imagefolder:FOLDER"
                 )
-            chosen.setdefault(model.class_index(image.label), "truth")
+            chosen.setdefault(_true_class(image, image.label, model, len(scores)), "truth")
         elif part == "manifest":
             if not image.targets:
                 raise TargetError("expected a class in the manifest's column target, found none")
@@ -88,3 +88,22 @@ def choose_targets(
     return tuple(
         Target(index, model.class_name(index), role, float(scores[index])) for index, role in chosen.items()
     )
+
+
+def _true_class(image: ImageRef, label: int | str, model: Model, classes: int) -> int:
+    """The index that a label has among the model's classes.
+
+    The place of a class folder is that of its class only where every class has one, as in the data that the
+    model was trained on; a folder that is called as one of the model's classes is certain.
+    """
+    if image.class_folder is None:
+        return model.class_index(label)
+    if image.class_folder in model.class_names:
+        return model.class_index(image.class_folder)
+    if image.class_folders != classes:
+        raise TargetError(
+            f"expected a folder for each of the model's {classes} classes, whose places are the labels, or "
+            f"folders called as its classes; found {image.class_folders} folders, and {image.class_folder!r} "
+            "is no class name; see --classes, or give labels in a manifest (column label)"
+        )
+    return model.class_index(label)

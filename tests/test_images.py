@@ -143,6 +143,10 @@ def test_image_folders_have_labels(place: str) -> None:
     images = ImageSource("imagefolder:" + place.format("folder"))
     assert [(ref.image_id, ref.label) for ref in images] == list(zip(NAMES, LABELS, strict=True))
     assert images.class_names == ("cat", "dog")
+    assert {(ref.label, ref.class_folder, ref.class_folders) for ref in images} == {
+        (0, "cat", 2),
+        (1, "dog", 2),
+    }
     assert [color_of(ref.uri) for ref in images] == [0, 1, 2, 3]
 
 
