@@ -53,6 +53,18 @@ def key_value(argument: str) -> tuple[str, str]:
     return key, value
 
 
+def label(argument: str) -> tuple[str, str]:
+    """KEY=VALUE, where the key may be as ray.io/node-group."""
+    from mcrise_ray.errors import SpecError
+
+    key, separator, value = argument.partition("=")
+    if not separator or not key or not value:
+        raise SpecError(
+            f"--label-selector: expected KEY=VALUE such as ray.io/accelerator-type=A100, found {argument!r}"
+        )
+    return key, value
+
+
 def actor_count(text: str) -> int | str | dict[str, int]:
     """What `--actors` means: `auto`, a number, or the range 2-8."""
     from mcrise_ray.errors import SpecError

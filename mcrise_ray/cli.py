@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcrise_ray import cli_options as option
-from mcrise_ray.arguments import actor_count, key_value, one_line_errors, pair, triple
+from mcrise_ray.arguments import actor_count, key_value, label, one_line_errors, pair, triple
 from mcrise_ray.benchcli import bench
 from mcrise_ray.cli_jobs import cluster_app, job_app
 
@@ -137,6 +137,7 @@ def _run(
         if options.overwrite and options.resume:
             raise SpecError("expected --overwrite or --resume, found both; one removes what the other needs")
         settings["actors"] = actor_count(actors) if isinstance(actors, str) else actors
+        settings["label_selector"] = dict(label(one) for one in settings.get("label_selector") or ())
         job = _job_spec(options, settings)
         if address is not None:  # actors of a cluster work in folders of their own
             job = parse_job(job.model_dump(mode="json"))

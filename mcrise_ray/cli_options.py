@@ -196,6 +196,14 @@ CpusPerActor = Annotated[int, typer.Option(min=1, help="Cores, and torch threads
 GpusPerActor = Annotated[
     float | None, typer.Option(help="GPUs per actor, may be a fraction.  (default: 1 where there is one)")
 ]
+LabelSelector = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="Label of Ray that an actor's node must have, such as ray.io/accelerator-type=A100 (repeat for "
+        "several).",
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster to run on; auto for one on this machine.  (default: start one)"),
@@ -279,6 +287,7 @@ class RayOptions:
     actors: Actors = "auto"
     cpus_per_actor: CpusPerActor = 1
     gpus_per_actor: GpusPerActor = None
+    label_selector: LabelSelector = None
     address: Address = None
     insecure: Insecure = False
     deadline: Deadline = 60.0

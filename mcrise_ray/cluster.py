@@ -286,9 +286,17 @@ class RayExecutor:
 
     def shortage(self) -> str:
         """See `Executor`."""
-        has = ", ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in self._resources)
+        labels, nodes = self._job.label_selector, _alive_nodes()
+        there = {
+            name: sum(node["Resources"].get(name, 0) for node in nodes if _has(node, labels))
+            for name in self._resources
+        }
+        has = ", ".join(f"{amount:g} {name}" for name, amount in there.items())
         asks = ", ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
-        return f"each asks for {asks}; the cluster has {has} in all"
+        if not labels:
+            return f"each asks for {asks}; the cluster has {has} in all"
+        told = ", ".join(f"{name}={label}" for name, label in labels.items())
+        return f"each asks for {asks} on a node with {told}; the nodes that have that label have {has} in all"
 
     def _watch(self, actor: int, call: Call | None, ref: ray.ObjectRef) -> None:
         ref.future().add_done_callback(
@@ -323,13 +331,17 @@ def _alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _fit(node: dict[str, Any], asked: dict[str, float], labels: dict[str, str]) -> int:
-    """How many actors fit one node."""
-    there = node["Labels"]
-    if any(
-        there.get(name) != label
+def _has(node: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a node has these; a label with an operator, such as `!A100` or `in(..)`, is Ray's to judge."""
+    return all(
+        node["Labels"].get(name) == label
         for name, label in labels.items()
         if "(" not in label and not label.startswith("!")
-    ):
-        return 0  # a label with an operator, such as `!A100` or `in(..)`, is Ray's to judge
+    )
+
+
+def _fit(node: dict[str, Any], asked: dict[str, float], labels: dict[str, str]) -> int:
+    """How many actors fit one node."""
+    if not _has(node, labels):
+        return 0
     return int(min(node["Resources"].get(name, 0.0) // amount for name, amount in asked.items()))

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from test_chaos import HERE, NAMESPACE, needs_namespaces
+from typer.testing import CliRunner
 
-from mcrise_ray import cluster
+from mcrise_ray import cli, cluster
 from mcrise_ray.arguments import actor_count
 from mcrise_ray.cluster import RayExecutor
 from mcrise_ray.errors import SpecError
@@ -121,6 +122,17 @@ def test_only_nodes_with_the_label_count(nodes: Cluster) -> None:
     assert asked.wanted() == 3
 
 
+def test_what_actors_that_wait_are_short_of(nodes: Cluster) -> None:
+    nodes.add(CPU=8, labels={"mcrise": "cpu"})
+    nodes.add(CPU=3, labels={"mcrise": "gpu"})
+    assert executor(12).shortage() == "each asks for 1 CPU; the cluster has 11 CPU in all"
+    for label, cores in (("gpu", 3), ("tpu", 0)):
+        assert executor(12, label_selector={"mcrise": label}).shortage() == (
+            f"each asks for 1 CPU on a node with mcrise={label}; "
+            f"the nodes that have that label have {cores} CPU in all"
+        )
+
+
 @pytest.mark.parametrize(("text", "meaning"), [("auto", "auto"), ("3", 3), ("2-8", {"min": 2, "max": 8})])
 def test_actors_on_the_command_line(text: str, meaning: object) -> None:
     assert actor_count(text) == meaning
@@ -130,6 +142,19 @@ def test_actors_on_the_command_line(text: str, meaning: object) -> None:
 def test_actors_that_make_no_sense(text: str) -> None:
     with pytest.raises(SpecError, match=rf"^--actors: expected auto, a number, or a range .*found '{text}'$"):
         actor_count(text)
+
+
+def test_labels_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[JobSpec] = []
+    monkeypatch.setattr(cli, "_run_and_report", lambda job, *_: jobs.append(job))
+    command = "audit folder --model torchvision:resnet18 --label-selector ray.io/accelerator-type=A100"
+    for more in ("", " --label-selector zone=b"):
+        assert CliRunner().invoke(cli.app, (command + more).split()).exit_code == 0
+    assert jobs[0].label_selector == {"ray.io/accelerator-type": "A100"}
+    assert jobs[1].label_selector == {"ray.io/accelerator-type": "A100", "zone": "b"}
+    refused = CliRunner().invoke(cli.app, [*command.split(), "--label-selector", "gpu"])
+    assert refused.exit_code == 2
+    assert refused.output.startswith("error: --label-selector: expected KEY=VALUE such as ray.io/")
 
 
 @pytest.mark.slow  # 40 s: three nodes, one after the other
