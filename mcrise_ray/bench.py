@@ -239,7 +239,8 @@ def _at_equal_error(
 
 
 def _rise_spec(spec: ExplainSpec) -> ExplainSpec:
-    return ExplainSpec(method="rise", masks=spec.masks, grid=spec.grid, p_mask=spec.p_mask, seed=spec.seed)
+    kept = spec.model_dump(include={"masks", "grid", "p_mask", "seed", "estimator"})
+    return ExplainSpec(method="rise", **kept)
 
 
 def _published(subject: Subject) -> object:

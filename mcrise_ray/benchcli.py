@@ -23,6 +23,7 @@ def bench(
     masks: Annotated[int, typer.Option("--masks", "-n", help="Of each run.")] = 512,
     grid: Annotated[str, typer.Option(metavar="hxw", help="Cells of a mask.")] = "8x8",
     p_mask: Annotated[float, typer.Option(help="Probability that a cell is masked.")] = 0.5,
+    estimator: Annotated[str, typer.Option(help="importance, control-variate or paper.")] = "importance",
     precision: Annotated[str, typer.Option(help="auto, or as for `mcrise explain`.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="auto, or a number.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
@@ -65,7 +66,9 @@ def bench(
                 device=device,
             ),
             "image": image,
-            "explain": ExplainSpec(masks=masks, grid=pair("--grid", grid), p_mask=p_mask),
+            "explain": ExplainSpec.model_validate(
+                {"masks": masks, "grid": pair("--grid", grid), "p_mask": p_mask, "estimator": estimator}
+            ),
             "precision": precision,
             "batch_size": batch_size,
             "threads": threads,

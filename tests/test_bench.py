@@ -21,6 +21,7 @@ from mcrise_ray.baselines import rise_as_published, xaitk_mc_rise
 from mcrise_ray.bench import (
     BenchSpec,
     Case,
+    _rise_spec,
     cost,
     masks_of_variance,
     memory_beyond_model,
@@ -117,6 +118,24 @@ def test_the_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
     assert written["ratios"][0]["name"] == "explain / bare forward"
     assert written["execution"]["batch_size"] == 16
     assert BenchSpec(**written["bench"]).explain.masks == 64
+
+
+def test_the_bench_of_another_estimator(tmp_path: Path) -> None:
+    output = tmp_path / "ratios.json"
+    arguments = "bench --model blackboxes:small_network --size 20x24 -n 64 --precision float32"
+    more = "--batch-size 16 --only overhead --only rise --repeats 1 --estimator control-variate"
+    result = CliRunner().invoke(app, [*arguments.split(), *more.split(), "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    assert "none are picked" not in result.output
+    assert json.loads(output.read_text())["bench"]["explain"]["estimator"] == "control-variate"
+    refused = CliRunner().invoke(app, ["bench", "--estimator", "fast"])
+    assert refused.output.startswith("error: estimator: Input should be 'importance', 'control-variate' or")
+
+
+def test_rise_is_asked_as_the_bench_is() -> None:
+    spec = mr.ExplainSpec(masks=100, grid=(4, 5), p_mask=0.3, seed=7, estimator="paper", colors=("#123456",))
+    asked = mr.ExplainSpec(method="rise", masks=100, grid=(4, 5), p_mask=0.3, seed=7, estimator="paper")
+    assert _rise_spec(spec) == asked
 
 
 def test_a_wrong_part_is_one_line() -> None:
