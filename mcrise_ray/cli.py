@@ -76,6 +76,7 @@ def run(
         ),
     ] = None,
     overwrite: option.Overwrite = False,
+    retry_errors: option.RetryErrors = False,
     log: option.Log = "plain",
     insecure: option.Insecure = False,
 ) -> None:
@@ -83,7 +84,8 @@ def run(
     with one_line_errors():
         from mcrise_ray.jobfiles import load_job
 
-        _run_and_report(load_job(file), log, overwrite, address, insecure)
+        _check_kept(overwrite, retry_errors=retry_errors)
+        _run_and_report(load_job(file), log, overwrite, retry_errors, address, insecure)
 
 
 @app.command()
@@ -131,17 +133,25 @@ def _run(
 ) -> None:
     """Run the job that the options mean; `settings` are those of its actors, and of its kind."""
     with one_line_errors():
-        from mcrise_ray.errors import SpecError
         from mcrise_ray.jobfiles import parse_job
 
-        if options.overwrite and options.resume:
-            raise SpecError("expected --overwrite or --resume, found both; one removes what the other needs")
+        _check_kept(options.overwrite, resume=options.resume, retry_errors=options.retry_errors)
         settings["actors"] = actor_count(actors) if isinstance(actors, str) else actors
         settings["label_selector"] = dict(label(one) for one in settings.get("label_selector") or ())
         job = _job_spec(options, settings)
         if address is not None:  # actors of a cluster work in folders of their own
             job = parse_job(job.model_dump(mode="json"))
-        _run_and_report(job, options.log, options.overwrite, address, insecure)
+        _run_and_report(job, options.log, options.overwrite, options.retry_errors, address, insecure)
+
+
+def _check_kept(overwrite: bool, **kept: bool) -> None:
+    """What is removed first cannot be gone on from."""
+    from mcrise_ray.errors import SpecError
+
+    for name, given in kept.items():
+        if overwrite and given:
+            flag = name.replace("_", "-")
+            raise SpecError(f"expected --overwrite or --{flag}, found both; one removes what the other needs")
 
 
 def _job_spec(options: option.JobOptions | option.ReidOptions, settings: dict[str, Any]) -> JobSpec:
@@ -198,7 +208,12 @@ def _job_spec(options: option.JobOptions | option.ReidOptions, settings: dict[st
 
 
 def _run_and_report(
-    job: JobSpec, log: str, overwrite: bool, address: str | None = None, insecure: bool = False
+    job: JobSpec,
+    log: str,
+    overwrite: bool,
+    retry_errors: bool = False,
+    address: str | None = None,
+    insecure: bool = False,
 ) -> None:
     from rich.console import Console
 
@@ -212,7 +227,7 @@ def _run_and_report(
         _stopped_by_signals(job.output),
         reporter_for(log_format(log), Console(stderr=True)) as reporter,
     ):
-        summary = run_job(job, reporter, overwrite=overwrite)
+        summary = run_job(job, reporter, overwrite=overwrite, retry_errors=retry_errors)
         figures = draw_figures(job, reporter)
     if log == "plain":
         _tell(job, summary, figures)
@@ -250,9 +265,11 @@ def _tell(job: JobSpec, summary: Summary, figures: list[str]) -> None:
         )
     if summary.halved:
         print(f"{summary.halved} calls ran with half their batch: the last bits of their maps may differ")
-    print(f"results: {job.output}/maps, read with mcrise_ray.read_results({job.output!r})")
+    if summary.rows:
+        print(f"results: {job.output}/maps, read with mcrise_ray.read_results({job.output!r})")
     if summary.errors:
-        print(f"errors:  {job.output}/errors")
+        again = " (--retry-errors tries them again)" if summary.earlier else ""
+        print(f"errors:  {job.output}/errors{again}")
     if figures:
         print(f"figures: {figures[0]}" + (f" and {len(figures) - 1} more" if len(figures) > 1 else ""))
 

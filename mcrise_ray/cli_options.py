@@ -106,6 +106,9 @@ Resume = Annotated[
         help="Go on from what the output holds; without it too, where that is of the same job.",
     ),
 ]
+RetryErrors = Annotated[
+    bool, typer.Option("--retry-errors", help="Try images again that have an error row by an earlier run.")
+]
 BatchSize = Annotated[str, typer.Option(help="Masked images per call of the model: auto, or a number.")]
 PrecisionName = Annotated[
     str,
@@ -244,6 +247,7 @@ class CommonOptions:
     output: Output = "mcrise-results"
     overwrite: Overwrite = False
     resume: Resume = False
+    retry_errors: RetryErrors = False
     allow_truncated: AllowTruncated = False
     max_pixels: MaxPixels = None
     precision: PrecisionName = "auto"

@@ -68,7 +68,12 @@ class Summary:
 
 
 def run_job(
-    job: JobSpec, reporter: Reporter, *, overwrite: bool = False, address: str | None = None
+    job: JobSpec,
+    reporter: Reporter,
+    *,
+    overwrite: bool = False,
+    retry_errors: bool = False,
+    address: str | None = None,
 ) -> Summary:
     """Run a job to its end; every image ends up in `maps/` or in `errors/`.
 
@@ -78,6 +83,7 @@ def run_job(
         job: what to do.
         reporter: is told about progress.
         overwrite: replace results that are there; they stay if this job cannot even start.
+        retry_errors: try again what has an error row by an earlier run.
         address: of a Ray cluster; `auto` is one that runs on this machine. None starts one of our own.
 
     Raises:
@@ -89,6 +95,10 @@ def run_job(
     lease = Lease(store)
     try:
         committed = Committed.nothing() if overwrite else _committed(job, store)
+        retry_errors = retry_errors and bool(committed.failed)
+        if retry_errors:
+            reporter.note(f"trying {len(committed.failed)} images with errors again")
+            committed = committed.without_errors()
         left = (image for image in images if image.image_id not in committed)
         first = next(left, None)
         if first is None and job.reid is not None and not _is_done(store):
@@ -108,11 +118,11 @@ def run_job(
         work = chain([first], left) if job.reid is None else ReidJob(job, committed, reporter.note)
         if job.actors == 0:
             alone = InProcess(Worker(setup), execution)
-            return _run(job, store, lease, committed, work, reporter, alone, overwrite)
+            return _run(job, store, lease, committed, work, reporter, alone, overwrite, retry_errors)
         from mcrise_ray import cluster
 
         with cluster.connect(job, setup, execution, address) as executor:
-            return _run(job, store, lease, committed, work, reporter, executor, overwrite)
+            return _run(job, store, lease, committed, work, reporter, executor, overwrite, retry_errors)
     finally:
         lease.release()
 
@@ -126,6 +136,7 @@ def _run(
     reporter: Reporter,
     executor: Executor,
     overwrite: bool,
+    retry_errors: bool,
 ) -> Summary:
     """Run the engine, and leave the output in order however that ends."""
     began = time.monotonic()
@@ -142,6 +153,7 @@ def _run(
         ledger,
         reporter,
         clear=overwrite,
+        forget_errors=retry_errors,
         on_built=(lambda _: None) if reid is None else lambda built: reid.begin(built.facts),
     )
     engine = Engine(ledger, executor, recorder, Limits(max_retries=job.max_retries, deadline=job.deadline))

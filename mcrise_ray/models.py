@@ -93,12 +93,15 @@ class Model:
         """The index of a class given by index or by name.
 
         Raises:
-            TargetError: no class has that name.
+            TargetError: no class has that name, or more than one.
         """
         if isinstance(target, int):
             return target
-        if target in self.class_names:
-            return self.class_names.index(target)
+        found = [index for index, name in enumerate(self.class_names) if name == target]
+        if len(found) > 1:
+            raise TargetError(f"expected one class of that name, found {target!r} as {found}; give the index")
+        if found:
+            return found[0]
         near = difflib.get_close_matches(target, self.class_names)
         hint = f"; did you mean {', '.join(near)}" if near else ""
         known = (

@@ -148,6 +148,17 @@ class _Pace:
         return self.done_masks / self.done if self.done else self.masks_per_image
 
     @property
+    def ended_masks(self) -> float:
+        """Of this run, those that images with errors will not need among them."""
+        return self.masks + self.failed * (self.usual_masks or 0)
+
+    @property
+    def all_masks(self) -> float | None:
+        """Of this run, as far as can be told."""
+        each = self.usual_masks
+        return (self.images - self.earlier) * each if self.images is not None and each else None
+
+    @property
     def seconds_left(self) -> float | None:
         """From the pace since the first masks: what came before them were models on their way."""
         took, masks = time.monotonic() - self.first, self.masks - self.first_masks
@@ -197,7 +208,8 @@ class _Tracking(ABC):
     def image_failed(self, image_id: str, stage: str, message: str) -> None:
         """See `Reporter`."""
         self._pace.failed += 1
-        self.tell("error_row", f"error: {message}", "error", image_id=image_id, stage=stage)
+        text = message if image_id in message else f"{image_id}: {message}"
+        self.tell("error_row", f"error: {text}", "error", image_id=image_id, stage=stage)
         self._show()
 
     def retried(self, reason: str, text: str) -> None:
@@ -279,9 +291,9 @@ class ConsoleReporter(_Tracking):
             parts.append(f"{pace.retries} retries")
         left = pace.seconds_left
         if left is not None:
-            share = pace.elapsed / (pace.elapsed + left)
             end = time.strftime("%a %H:%M", time.localtime(time.time() + left))
-            parts.append(f"{share:.1%}, {duration(left)} left (until {end})")
+            share = f"{min(pace.ended_masks / pace.all_masks, 1):.1%}, " if pace.all_masks else ""
+            parts.append(f"{share}{duration(left)} left (until {end})")
         return ", ".join(parts)
 
     def _show(self) -> None:
@@ -291,9 +303,7 @@ class ConsoleReporter(_Tracking):
                 self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
                 self._task = self._bar.add_task("", total=None)
                 self._bar.start()
-            each = pace.usual_masks or 0
-            total = (pace.images - pace.earlier) * each if pace.images is not None and each else None
-            completed = pace.masks + pace.failed * each
+            total, completed = pace.all_masks, pace.ended_masks
             self._bar.update(self._task, total=total, completed=completed, description=self.line())
         elif self._is_time():
             self.tell("progress", self.line())

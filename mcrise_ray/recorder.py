@@ -65,6 +65,7 @@ class Recorder:
         ledger: asked for unfinished images.
         reporter: told about progress.
         clear: delete what the output holds once the model is built.
+        forget_errors: delete its error rows then.
         on_built: called after that.
     """
 
@@ -78,6 +79,7 @@ class Recorder:
         ledger: Bookkeeping,
         reporter: Reporter,
         clear: bool = False,
+        forget_errors: bool = False,
         on_built: Callable[[Built], None] = lambda built: None,
     ) -> None:
         self.counts = Counts(
@@ -88,6 +90,7 @@ class Recorder:
         )
         self._job, self._store, self._lease, self._checkpoints = job, store, lease, checkpoints
         self._ledger, self._reporter, self._clear, self._on_built = ledger, reporter, clear, on_built
+        self._forget_errors = forget_errors
         self._built: Built | None = None
         self._retries = self._actors = 0
         self._relative_errors: deque[float] = deque(maxlen=_OF_LATE)
@@ -107,6 +110,8 @@ class Recorder:
             self._reporter.note("its weights are random: give --weights, or ?weights= in --model")
         if self._clear:
             self._store.clear()
+        elif self._forget_errors:
+            self._store.forget_errors()
         self._store.write_job(job_file(self._job, built, "running"))
         self._on_built(built)
 

@@ -18,7 +18,7 @@ import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,10 @@ class Committed:
     rows: int
     next_part: int
 
+    def without_errors(self) -> Committed:
+        """As if those with an error had not been tried yet."""
+        return replace(self, failed=frozenset())
+
     @staticmethod
     def nothing() -> Committed:
         """An output without results."""
@@ -227,6 +231,12 @@ class Store:
             for name in ("job.json", "progress.json", *(f"{name}/gallery.json" for name in ours)):
                 if self._exists(name):
                     self._filesystem.delete_file(f"{self._root}/{name}")
+
+    def forget_errors(self) -> None:
+        """Delete all error rows: what they are about has not been tried then."""
+        with self._failing("write to"):
+            for file in self.files("errors"):
+                self._filesystem.delete_file(f"{self._root}/{file}")
 
     def committed(self) -> Committed:
         """What earlier runs have finished; deletes what they left half written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,7 +25,8 @@ def parse_targets(asked: Any) -> tuple[int | str, ...]:
     - `predicted`: the class of the highest score; `topN`: the N classes of the highest scores.
     - `truth`: the image's label. `manifest`: what its manifest asks for.
 
-    Words are joined by `+` (`predicted+truth`); a number in text is an index, any other text a class name.
+    They are joined by `+` (`predicted+truth`); a number in text is an index, any other text a class name, or
+    a sum with one, which only the model's names can tell apart (see `choose_targets`).
 
     Raises:
         ValueError: nothing is asked for, or something that is neither number nor text.
@@ -61,8 +62,8 @@ def choose_targets(
         TargetError: the model has no such class, or the image has no label or no target of its own.
     """
     chosen: dict[int, str] = {}
-    for part in choice:
-        word = _WORD.fullmatch(part) if isinstance(part, str) else None
+    for part in _parts(choice, model):
+        word = _word(part)
         if word is None:
             chosen.setdefault(model.class_index(part), "asked")
         elif part == "truth":
@@ -78,9 +79,7 @@ def choose_targets(
             for target in image.targets:
                 chosen.setdefault(model.class_index(target), "asked")
         else:
-            count = int(word[1] or 1)
-            if count > len(scores):
-                raise TargetError(f"expected at most top{len(scores)} (the model's classes), found {part}")
+            count = _count(word, len(scores))
             # Stable, so that equal scores come in the order of their classes, as argmax has it.
             for rank, index in enumerate(np.argsort(-scores, kind="stable")[:count], start=1):
                 chosen.setdefault(int(index), "predicted" if rank == 1 else f"top{rank}")
@@ -88,6 +87,39 @@ def choose_targets(
     return tuple(
         Target(index, model.class_name(index), role, float(scores[index])) for index, role in chosen.items()
     )
+
+
+def check_choice(choice: Sequence[int | str], model: Model) -> None:
+    """Find out before the first image what would be wrong with the targets of all of them.
+
+    Raises:
+        TargetError: the model has no such class, or not so many.
+    """
+    for part in _parts(choice, model):
+        word = _word(part)
+        if word is None:
+            check_targets([model.class_index(part)], model.classes)
+        else:
+            _count(word, model.classes)
+
+
+def _word(part: int | str) -> re.Match[str] | None:
+    return _WORD.fullmatch(part) if isinstance(part, str) else None
+
+
+def _count(word: re.Match[str], classes: int) -> int:
+    """N of `topN`."""
+    count = int(word[1] or 1)
+    if count > classes:
+        raise TargetError(f"expected at most top{classes} (the model's classes), found {word[0]}")
+    return count
+
+
+def _parts(choice: Sequence[int | str], model: Model) -> Iterator[int | str]:
+    """Sums with indices and names taken apart, but for a class whose name looks like one."""
+    for part in choice:
+        pieces = part.split("+") if isinstance(part, str) and part not in model.class_names else [part]
+        yield from parse_targets(pieces) if all(pieces) and len(pieces) > 1 else [part]
 
 
 def _true_class(image: ImageRef, label: int | str, model: Model, classes: int) -> int:

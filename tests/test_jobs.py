@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import duckdb
@@ -99,6 +100,38 @@ def test_every_image_ends_in_maps_or_errors(folder: Path, tmp_path: Path) -> Non
     assert results.job["counts"]["images"] == 3
     assert results.job["spec"]["explain"]["masks"] == 300
     assert reporter.masks == 900
+
+
+def test_errors_are_tried_again_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run_job(job(folder, output), Silent())
+    before = maps(output)
+    Image.new("RGB", (24, 20), "red").save(folder / "cut.jpg")
+    assert run_job(job(folder, output), Silent()).errors == 4  # they are final, unless
+    summary = run_job(job(folder, output), Silent(), retry_errors=True)
+    assert (summary.images, summary.errors, summary.rows, summary.earlier) == (4, 3, 8, 3)
+    results = mr.read_results(str(output))
+    assert sorted(row.image_id for row in results.errors) == ["empty.png", "gone.png", "text.png"]
+    after = maps(output)
+    assert after.keys() - before.keys() == {("cut.jpg", 0), ("cut.jpg", 3)}
+    assert all((after[key] == value).all() for key, value in before.items())
+    assert results.job["counts"] | {"masks": 0} == asdict(jobs.Counts(images=4, errors=3, rows=8, earlier=3))
+
+
+def test_errors_stay_where_the_model_cannot_be_built(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    run_job(job(folder, output), Silent())
+    monkeypatch.setattr(jobs, "Worker", lambda setup: Broken())
+    with pytest.raises(errors.ModelError, match="gone since"):
+        run_job(job(folder, output), Silent(), retry_errors=True)
+    assert len(mr.read_results(str(output)).errors) == 4
+
+
+class Broken:
+    def load(self, *_: object) -> None:
+        raise errors.ModelError("gone since")
 
 
 def test_rows_say_what_explain_says(folder: Path, tmp_path: Path) -> None:
@@ -290,7 +323,7 @@ def test_a_finished_job_submitted_again_does_nothing(folder: Path, tmp_path: Pat
 
 
 def test_random_weights_are_said_to_be(folder: Path, tmp_path: Path) -> None:
-    untrained = ModelSpec(model="torchvision:squeezenet1_1?num_classes=3", preprocessing={"size": (32, 32)})
+    untrained = ModelSpec(model="torchvision:squeezenet1_1?num_classes=4", preprocessing={"size": (32, 32)})
     reporter = Silent()
     run_job(job(folder / "deep/er", tmp_path, model=untrained, explain=ExplainSpec(masks=1)), reporter)
     assert sum("its weights are random" in note for note in reporter.notes) == 1
@@ -460,6 +493,11 @@ def test_an_error_that_is_not_reached_is_told(folder: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--overwrite", "--resume"), "expected --overwrite or --resume, found both"),
+        (("--overwrite", "--retry-errors"), "expected --overwrite or --retry-errors, found both"),
+        (("--target", "99"), "expected a target from 0 to 3"),
+        (("--target", "top9"), "expected at most top4 (the model's classes), found top9"),
+        (("--target", "owl"), "expected a class index or a class name, found 'owl'"),
         (("--p-mask", "0"), "p_mask: expected a probability"),
         (("--p-mask", "1"), "p_mask: expected a probability"),
         (("--masks", "0"), "masks: expected 1 to"),
@@ -482,12 +520,16 @@ def test_bad_input_is_one_line_that_names_the_knob(
     assert message in line
 
 
-def test_a_bad_image_or_target_fails_alone(folder: Path, tmp_path: Path) -> None:
+def test_a_bad_image_fails_alone_and_a_bad_target_before_any(folder: Path, tmp_path: Path) -> None:
     output = ("--output", tmp_path / "out")
     done = mcrise("explain", folder / "missing.png", folder / "a.png", *COMMON, *output)
     assert done.exit_code == 1
     assert "missing.png: no such file" in done.stderr
     assert "1 images explained, 1 errors" in done.stdout
     done = mcrise("explain", folder / "a.png", *COMMON, *output, "--target", "4", "--overwrite")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "expected a target from 0 to 3" in done.stderr
+    assert len(mr.read_results(str(tmp_path / "out"))) == 1  # what was there stays
+    done = mcrise("explain", folder / "missing.png", *COMMON, "--output", tmp_path / "none")
+    assert "0 images explained, 1 errors" in done.stdout
+    assert "results:" not in done.stdout

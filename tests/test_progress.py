@@ -63,7 +63,7 @@ def test_a_log_has_plain_lines_every_few_seconds(clock: Clock) -> None:
     until = lines[1].rpartition(" (until ")[2]
     assert lines == [
         "actor died: gone; a.png requeued",
-        "2/4 images, 100 masks, 14 masks/s, 3 actors, relative error 0.12, 1 retries, 25.9%, 20 s left "
+        "2/4 images, 100 masks, 14 masks/s, 3 actors, relative error 0.12, 1 retries, 33.3%, 20 s left "
         f"(until {until}",
         "error: b.png: damaged",
         "batch size 32 from here on",

@@ -14,7 +14,7 @@ from mcrise_ray.images import ImageRef
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.models import Model
 from mcrise_ray.preprocess import Preprocessing
-from mcrise_ray.targets import choose_targets, parse_targets
+from mcrise_ray.targets import check_choice, choose_targets, parse_targets
 
 MODEL = Model(lambda images: images, Preprocessing(), 4, ("cat", "dog", "owl", "fox"), torch.device("cpu"))
 SCORES = np.array([0.1, 0.4, 0.1, 0.4])
@@ -46,6 +46,9 @@ def chosen(asked: Any, **known: Any) -> list[tuple[int, str]]:
         (["fox", 0, "2"], {}, [(3, "asked"), (0, "asked"), (2, "asked")]),
         (["predicted", "owl"], {}, [(1, "predicted"), (2, "asked")]),
         (2, {}, [(2, "asked")]),
+        ("predicted+fox+0", {}, [(1, "predicted"), (3, "asked"), (0, "asked")]),
+        ("cat+owl", {}, [(0, "asked"), (2, "asked")]),
+        ("dog+cat", {}, [(1, "asked"), (0, "asked")]),
     ],
 )
 def test_each_class_once_with_its_reason(
@@ -68,6 +71,8 @@ def test_each_class_once_with_its_reason(
         ("manifest", {}, "expected a class in the manifest's column target, found none"),
         ("manifest", {"targets": (9,)}, "expected a target from 0 to 3 .*found 9"),
         ("top5", {}, r"expected at most top4 \(the model's classes\), found top5"),
+        ("fox+", {}, r"expected a class index or a class name, found 'fox\+'"),
+        ("fox+9", {}, "expected a target from 0 to 3 .*found 9"),
         ("predictd", {}, "expected a class index or a class name, found 'predictd'"),
     ],
 )
@@ -90,3 +95,39 @@ def test_a_job_keeps_its_targets_as_a_list() -> None:
     )
     assert job.targets == ("top5", "truth")
     assert JobSpec(**job.model_dump(mode="json")).targets == job.targets
+
+
+def with_names(*names: str) -> Model:
+    return Model(MODEL.black_box, MODEL.preprocessing, len(names), names, MODEL.device)
+
+
+def test_a_name_that_looks_like_a_sum_is_one_class() -> None:
+    model = with_names("c", "c+c", "d")
+    targets = choose_targets(parse_targets("c+c+d"), ImageRef("a", "a"), SCORES[:3], model)
+    assert [target.index for target in targets] == [0, 2]
+    targets = choose_targets(parse_targets("c+c"), ImageRef("a", "a"), SCORES[:3], model)
+    assert [target.index for target in targets] == [1]
+
+
+def test_a_name_of_two_classes_is_refused() -> None:
+    model = with_names("crane", "ox", "crane")
+    with pytest.raises(TargetError, match=r"of that name, found 'crane' as \[0, 2\]; give the index"):
+        choose_targets(parse_targets("crane"), ImageRef("a", "a"), SCORES[:3], model)
+
+
+@pytest.mark.parametrize("asked", ["predicted+truth+manifest", "top4", "fox", ["3", 0]])
+def test_targets_that_can_be_there(asked: Any) -> None:
+    check_choice(parse_targets(asked), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("truth+top5", r"expected at most top4 \(the model's classes\), found top5"),
+        ("predicted+owk", "found 'owk'.*did you mean owl"),
+        (4, "expected a target from 0 to 3 .*found 4"),
+    ],
+)
+def test_targets_that_no_image_can_have(asked: Any, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        check_choice(parse_targets(asked), MODEL)
