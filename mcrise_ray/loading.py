@@ -84,6 +84,12 @@ class ModelSpec(StrictModel):
         drawn = self.model.startswith(("torchvision:", "timm:")) and self.weights is None
         return drawn and not re.search(r"[?&](weights=|pretrained=true)", self.model)
 
+    @property
+    def guesses_normalisation(self) -> bool:
+        """Whether weights of a file, which do not say it, are taken to want the library's usual one."""
+        said = {"mean", "std", "input_range"} & set(self.preprocessing)
+        return self.model.startswith(("torchvision:", "timm:")) and self.weights is not None and not said
+
 
 @dataclass(frozen=True)
 class Loaded:

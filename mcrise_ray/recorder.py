@@ -108,6 +108,12 @@ class Recorder:
         self._reporter.note(f"model {built.facts.model} on {built.facts.device}: {built.execution}")
         if self._job.model.is_untrained:
             self._reporter.note("its weights are random: give --weights, or ?weights= in --model")
+        if self._job.model.guesses_normalisation:
+            usual = built.facts.preprocessing
+            self._reporter.note(
+                f"--weights do not say how images are normalised: taken are mean {list(usual.mean)} and std "
+                f"{list(usual.std)}; if they were trained with others, give --mean and --std"
+            )
         if self._clear:
             self._store.clear()
         elif self._forget_errors:

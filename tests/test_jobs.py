@@ -17,6 +17,8 @@ import pandas as pd
 import psutil
 import pytest
 import ray
+import torch
+import torchvision
 from click.testing import Result
 from PIL import Image
 from reporting import Silent
@@ -327,6 +329,21 @@ def test_random_weights_are_said_to_be(folder: Path, tmp_path: Path) -> None:
     reporter = Silent()
     run_job(job(folder / "deep/er", tmp_path, model=untrained, explain=ExplainSpec(masks=1)), reporter)
     assert sum("its weights are random" in note for note in reporter.notes) == 1
+
+
+@pytest.mark.parametrize(("mean", "notes"), [((), 1), ((0.3, 0.3, 0.3), 0)])
+def test_a_normalisation_that_nobody_gave_is_said(
+    folder: Path, tmp_path: Path, mean: tuple[float, ...], notes: int
+) -> None:
+    torch.save(torchvision.models.squeezenet1_1(num_classes=4).state_dict(), tmp_path / "weights.pth")
+    model = ModelSpec(
+        model="torchvision:squeezenet1_1?num_classes=4",
+        weights=str(tmp_path / "weights.pth"),
+        preprocessing={"size": (32, 32), **({"mean": mean} if mean else {})},
+    )
+    reporter = Silent()
+    run_job(job(folder / "deep/er", tmp_path, model=model, explain=ExplainSpec(masks=1)), reporter)
+    assert sum("taken are mean [0.485, 0.456, 0.406] and std" in note for note in reporter.notes) == notes
 
 
 def test_overwriting_waits_until_the_new_job_can_start(folder: Path, tmp_path: Path) -> None:
