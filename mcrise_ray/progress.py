@@ -208,7 +208,7 @@ class _Tracking(ABC):
     def image_failed(self, image_id: str, stage: str, message: str) -> None:
         """See `Reporter`."""
         self._pace.failed += 1
-        text = message if image_id in message else f"{image_id}: {message}"
+        text = message if f"{image_id}:" in message else f"{image_id}: {message}"
         self.tell("error_row", f"error: {text}", "error", image_id=image_id, stage=stage)
         self._show()
 

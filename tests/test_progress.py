@@ -70,6 +70,21 @@ def test_a_log_has_plain_lines_every_few_seconds(clock: Clock) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("image_id", "message", "told"),
+    [
+        ("a.png", "/data/a.png: damaged", "error: /data/a.png: damaged"),
+        ("a.png", "expected a label", "error: a.png: expected a label"),
+        ("4", "expected a target from 0 to 42", "error: 4: expected a target from 0 to 42"),
+    ],
+)
+def test_errors_name_their_image_once(clock: Clock, image_id: str, message: str, told: str) -> None:
+    text = io.StringIO()
+    with ConsoleReporter(Console(file=text, width=200)) as reporter:
+        reporter.image_failed(image_id, "explain", message)
+    assert text.getvalue().splitlines() == [told]
+
+
 def test_nothing_is_foretold_before_there_is_a_pace(clock: Clock) -> None:
     """The first masks come after a minute of building models, which says nothing of the rest."""
     reporter = JsonReporter(io.StringIO())
