@@ -235,7 +235,9 @@ def test_an_audit_on_a_cluster_has_paths_that_its_machines_know(
     """Its actors work in folders of their own."""
     asked: list[tuple[JobSpec, str | None, bool]] = []
 
-    def note(job: JobSpec, log: str, overwrite: bool, address: str | None, insecure: bool) -> None:
+    def note(
+        job: JobSpec, log: str, overwrite: bool, retry_errors: bool, address: str | None, insecure: bool
+    ) -> None:
         asked.append((job, address, insecure))
 
     monkeypatch.setattr(cli, "_run_and_report", note)
