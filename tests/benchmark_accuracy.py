@@ -138,7 +138,7 @@ def to_the_letter(
         if isinstance(scored, Picked):
             sums.square(masks_of(seeded, one, scored), scored.scores[:, :1] / scored.odds[:, None] ** 0.5)
             weight += len(scored.bend)
-    moments = sums.partial(weight)._second_moments(spec).numpy()
+    moments = sums.partial(weight)._second_moments(spec, None).numpy()
     return float((moments - maps**2).mean()) / spec.masks
 
 
