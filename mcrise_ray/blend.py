@@ -66,10 +66,10 @@ class Blender:
         batch = self._batch[:count]
         shifts = _to_device(torch.from_numpy(masks.shifts(self._size)), batch.device)
         wide = self._widened(_to_device(torch.from_numpy(masks.cells), batch.device).long(), shifts[:, 1])
+        rows = self._rows[shifts[:, 0], None]
         for start in range(0, count, len(self._upsampled)):
             part = slice(start, min(start + len(self._upsampled), count))
-            rows, buffer = self._rows[shifts[part, 0]], self._upsampled[: part.stop - part.start]
-            up = torch.matmul(rows[:, None], wide[part], out=buffer)
+            up = torch.matmul(rows[part], wide[part], out=self._upsampled[: part.stop - part.start])
             torch.addcmul(up[:, 1:], self._image, up[:, :1], out=batch[part])
         if self._channels_last:
             return batch.view(count, *self._size, 3).permute(0, 3, 1, 2)

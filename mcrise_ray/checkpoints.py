@@ -21,7 +21,7 @@ from mcrise_ray.tasks import Inspection, Saved, Target
 from mcrise_ray.variates import Fit
 
 _FOLDER = "partial"
-_VERSION = 4  # to be raised when `plan` or what is learnt changes: sums of two versions do not fit together
+_VERSION = 5  # to be raised when `plan` or what is learnt changes: sums of two versions do not fit together
 Part = TypeVar("Part", Partial, Fit, Guide, Masks)
 
 
@@ -68,8 +68,9 @@ class Checkpoints:
         for field in fields(Choice) if picked else ():
             arrays[f"picked.{field.name}"] = np.concatenate([getattr(one, field.name) for one in picked])
         guide = state.guide
-        learnt = None if guide is None else guide.learnt
-        for name, part in (("total", state.total), ("fit", state.fit), ("guide", guide), ("learnt", learnt)):
+        centres = None if guide is None else guide.centres
+        parts = (("total", state.total), ("fit", state.fit), ("guide", guide), ("centres", centres))
+        for name, part in parts:
             for field in fields(part) if part is not None else ():
                 value = getattr(part, field.name)
                 if not isinstance(value, Masks):
@@ -113,8 +114,8 @@ def _parse(content: bytes) -> Saved:
     fit = _part(Fit, "fit", arrays) if "fit.masks" in arrays else None
     guide = None
     if "guide.scale" in arrays:
-        learnt = _part(Masks, "learnt", arrays)
-        guide = _part(Guide, "guide", arrays | {"guide.learnt": learnt})
+        centres = _part(Masks, "centres", arrays)
+        guide = _part(Guide, "guide", arrays | {"guide.centres": centres})
     scores = _scores(arrays, header)
     state = State(header["look"], scores, fit, total, header["units"], header["stage"], guide)
     return Saved(inspection, state, header["seconds"])

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float64
 
 from mcrise_ray import masks as mask_source
-from mcrise_ray.guide import CANDIDATES, OPENING_FOLDS, Guide, Picked, candidates, predict
+from mcrise_ray.guide import CANDIDATES, Guide, Picked, candidates, predict
+from mcrise_ray.learning import OPENING_FOLDS
 from mcrise_ray.masks import Masks
 from mcrise_ray.plan import Unit
 from mcrise_ray.saliency import Partial, UnitSums

@@ -20,7 +20,8 @@ from jaxtyping import Float64
 
 from mcrise_ray.estimators import Scored, masks_of, opening_unit, picked_unit, residual_unit, scores_of
 from mcrise_ray.explanations import Explanation, explanation
-from mcrise_ray.guide import Guide, Picked, find_rivals, learn, learn_by_fold
+from mcrise_ray.guide import Guide, Picked
+from mcrise_ray.learning import find_rivals, learn, learn_by_fold
 from mcrise_ray.masks import Masks
 from mcrise_ray.plan import MOST_LEARNT, Unit, enough, looks, pilot_count, stages, unit
 from mcrise_ray.saliency import Partial

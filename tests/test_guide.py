@@ -20,24 +20,14 @@ from torch import Tensor
 
 import mcrise_ray as mr
 from mcrise_ray import guide as guides
+from mcrise_ray import learning, plan, reduction
 from mcrise_ray import masks as mask_source
-from mcrise_ray import plan, reduction
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.estimators import opening_unit, picked_unit, residual_unit
 from mcrise_ray.explainer import Subject, perform, run_unit
-from mcrise_ray.guide import (
-    CANDIDATES,
-    OPENING_FOLDS,
-    Guide,
-    Picked,
-    candidates,
-    choose,
-    find_rivals,
-    learn,
-    learn_by_fold,
-    predict,
-)
+from mcrise_ray.guide import CANDIDATES, Guide, Picked, candidates, choose, predict
 from mcrise_ray.kernels import Metric, Windows, _places, kernel_ridge, learn_metric
+from mcrise_ray.learning import OPENING_FOLDS, find_rivals, learn, learn_by_fold
 from mcrise_ray.masks import Masks, draw
 from mcrise_ray.plan import Unit, looks, stages, unit, unit_count
 from mcrise_ray.reduction import Conclude, Reduction, ScoreUnit, SumUnit
@@ -142,7 +132,7 @@ def test_unbiased_over_many_seeds_and_says_how_far_off(
 @pytest.mark.parametrize(("p_mask", "seeds"), [pytest.param(0.1, 240, marks=pytest.mark.slow), (0.5, 36)])
 def test_intervals_cover_the_exact_map(monkeypatch: pytest.MonkeyPatch, p_mask: float, seeds: int) -> None:
     """95 % intervals at N = 2000, of which a guide may learn from 512."""
-    for module in (plan, guides, reduction):
+    for module in (plan, learning, reduction):
         monkeypatch.setattr(module, "MOST_LEARNT", 512)
     base = spec_of("mc-rise", "red,blue", p_mask=p_mask, masks=2000)
     score = rare(base, SMALL)
@@ -156,7 +146,7 @@ def test_intervals_cover_the_exact_map(monkeypatch: pytest.MonkeyPatch, p_mask: 
 
 @pytest.mark.usefixtures("shapes_unchecked", "short_opening")
 def test_intervals_cover_the_exact_map_after_stopping(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (plan, guides, reduction):
+    for module in (plan, learning, reduction):
         monkeypatch.setattr(module, "MOST_LEARNT", 512)
     base = spec_of("mc-rise", "red,blue", relative_error=0.015, masks=16_000)
     score = rare(base, SMALL)
@@ -293,12 +283,12 @@ def test_candidates_are_more_where_picks_leave_little() -> None:
     bend = np.random.default_rng(0).normal(size=(4000, 1))
     bend /= (bend**2).mean() ** 0.5
     for left, wanted in ((4.0, 8), (0.6, 8), (0.15, 16), (0.03, 32), (0.0, 32)):
-        assert guides._candidates(bend, np.array([left])) == wanted
+        assert learning._candidates(bend, np.array([left])) == wanted
         cost = {count: (left + 1 / count) * (40 + count) for count in (8, 16, 32)}
         assert min(cost, key=lambda count: cost[count]) == wanted
     both = np.concatenate([bend, bend], axis=1)
-    assert guides._candidates(both, np.array([4.0, 0.1])) == 16
-    assert guides._candidates(0 * bend, np.zeros(1)) == 8
+    assert learning._candidates(both, np.array([4.0, 0.1])) == 16
+    assert learning._candidates(0 * bend, np.zeros(1)) == 8
 
 
 @given(
@@ -381,7 +371,7 @@ def test_a_guide_whose_arrays_are_read_only_gives_the_same() -> None:
         "from test_guide import *\n"
         "spec = spec_of('mc-rise', 'red,blue'); guide = a_guide(spec, SMALL)\n"
         "before, _ = choose(spec, SMALL, guide, Unit(0, 0, 64))\n"
-        "arrays = [value for value in [*vars(guide).values(), *vars(guide.learnt).values()]]\n"
+        "arrays = [value for value in [*vars(guide).values(), *vars(guide.centres).values()]]\n"
         "for value in arrays:\n"
         "    if isinstance(value, np.ndarray): value.flags.writeable = False\n"
         "after, _ = choose(spec, SMALL, guide, Unit(0, 0, 64))\n"
@@ -509,6 +499,40 @@ def made_up_metric(rng: np.random.Generator, scale: float, fills: int = 2) -> Me
     )
 
 
+def said(windows: Windows, features: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """By masks that weigh the same in all windows."""
+    each = np.broadcast_to(weights.astype(np.float32), (len(windows.right), *weights.shape))
+    return windows.similar(features, each)
+
+
+def test_weights_that_are_the_same_in_all_windows_weigh_what_is_alike() -> None:
+    rng = np.random.default_rng(0)
+    features, weights = rng.normal(size=(2000, 4 * 2 * 3)), rng.normal(size=(5, 2))
+    windows = Windows.of(features[:5], made_up_metric(rng, 1.0))
+    np.testing.assert_allclose(
+        said(windows, features, weights), windows.alike(features).numpy() @ weights, atol=1e-6
+    )
+
+
+def test_a_few_masks_say_what_many_do() -> None:
+    """An eighth of them, with weights for each window: with one for all windows they say a hundredth less."""
+    rng, few = np.random.default_rng(0), slice(None, None, 8)
+    spec = mr.ExplainSpec(method="rise", grid=(5, 5))
+    features = Features(spec, (32, 32), (8, 8))(draw(spec, 0, 3000))
+    seen, unseen = features[:1024], features[1024:]
+    metric = Metric.flat((8, 1, 8), float(features.std()))
+    windows, centres = Windows.of(seen[:512], metric), Windows.of(seen[:512][few], metric)
+    weights = rng.normal(size=(512, 2))
+    known, wanted = said(windows, seen, weights), said(windows, unseen, weights)
+    condensed = windows.condensed(seen, weights, few)
+    shared = np.linalg.lstsq(centres.alike(seen).numpy(), known, rcond=None)[0]
+    found = centres.similar(unseen, condensed), said(centres, unseen, shared)
+    left, left_by_shared = (((one - wanted) ** 2).mean(axis=0) / wanted.var(axis=0) for one in found)
+    assert condensed.shape == (len(windows.right), 64, 2)
+    assert (left < 3e-4).all()
+    assert (left_by_shared > 0.01).all()
+
+
 def test_slopes_are_those_of_what_is_similar() -> None:
     rng = np.random.default_rng(0)
     features, weights = rng.normal(size=(40, 4 * 2 * 3)), rng.normal(size=(30, 2))
@@ -516,7 +540,7 @@ def test_slopes_are_those_of_what_is_similar() -> None:
     found = windows.slopes(features, weights).flatten(2).numpy()
     for place in (0, 7, 23):
         step = 0.01 * np.eye(24)[place]
-        risen = windows.similar(features + step, weights) - windows.similar(features - step, weights)
+        risen = said(windows, features + step, weights) - said(windows, features - step, weights)
         np.testing.assert_allclose(found[:, :, place], risen.T / 0.02, atol=2e-4)
 
 
@@ -563,7 +587,7 @@ def test_a_guide_of_one_fill_sees_where_a_cell_was_cut(monkeypatch: pytest.Monke
     scores = 1 / (1 + np.exp(12 * halves[:, 3, 3] * halves[:, 3, 5]))[:, None]
 
     def left(per_cell: float) -> float:
-        monkeypatch.setattr("mcrise_ray.guide._PER_CELL", per_cell)
+        monkeypatch.setattr("mcrise_ray.learning._PER_CELL", per_cell)
         guide = learn(spec, (32, 32), masks[:768], scores[:768])
         assert guide is not None
         assert guide.patches == (int(4 * per_cell),) * 2
@@ -582,7 +606,7 @@ def test_masks_are_predicted_without_their_own_scores(masks: int, lines: float) 
     bent = np.abs(features[:, 0]) + lines * features.sum(axis=1) + 0.1 * rng.normal(size=masks)
     truth = np.stack([bent, features[:, 1] ** 2 - bent], axis=1)
     constants, weights, slopes, tested, unseen = kernel_ridge(windows.alike(features), features, truth)
-    left = truth - constants - windows.similar(features, weights) - features @ slopes
+    left = truth - constants - said(windows, features, weights) - features @ slopes
     strength = (left / weights).mean()
     np.testing.assert_array_equal(tested, range(0, masks, -(-masks // 512)))
     products = features @ features.T / features.var() / 24
@@ -675,7 +699,7 @@ def test_an_image_goes_on_from_what_is_kept_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved after every step, and read back: scores of masks picked from few or many, and the guide."""
-    monkeypatch.setattr(guides, "_candidates", lambda bend, _: 8 << int(1e9 * np.abs(bend).sum()) % 3)
+    monkeypatch.setattr(learning, "_candidates", lambda bend, _: 8 << int(1e9 * np.abs(bend).sum()) % 3)
     spec = spec_of("mc-rise", "red,blue", masks=1024)
     targets = (Target(0, "one", "truth", 0.25),)
     inspection = Inspection(targets, SMALL, 0.5, (9, 9))

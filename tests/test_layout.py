@@ -24,6 +24,7 @@ ORDER = [
     "variates",
     "kernels",
     "guide",
+    "learning",
     "saliency",
     "estimators",
     "explanations",
