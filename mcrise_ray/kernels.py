@@ -131,9 +131,12 @@ class Windows:
         self, features: Float64[np.ndarray, "N D"], weights: Float32[np.ndarray, "W S Q"]
     ) -> Float64[np.ndarray, "N Q"]:
         """How alike other masks are to these in each window, times their weights there."""
-        # Copied: what Ray hands out is read-only.
+        # Copied: what Ray hands out is read-only. Products of a few columns take up to four times as long as
+        # those of 16.
+        count = weights.shape[2]
         weight = torch.tensor(weights, device=self.right.device)
-        found = np.empty((len(features), weight.shape[2]))
+        weight = torch.nn.functional.pad(weight, (0, -count % 16 if count > 1 else 0))
+        found = np.empty((len(features), count))
         one = self.right.new_empty(min(_AT_ONCE, len(features)), self.right.shape[2])
         for start in range(0, len(features), _AT_ONCE):
             part = slice(start, min(start + _AT_ONCE, len(features)))
@@ -142,7 +145,7 @@ class Windows:
             total = weight.new_zeros(len(alike), weight.shape[2])
             for left, right, each in zip(lefts, self.right, weight, strict=True):
                 total.addmm_(torch.mm(left.T, right, out=alike).exp2_(), each)
-            found[part] = total.div_(len(self.right)).cpu().numpy()
+            found[part] = total[:, :count].div_(len(self.right)).cpu().numpy()
         return found
 
     def condensed(
@@ -153,6 +156,8 @@ class Windows:
 
         A window has few features, so a few masks tell there nearly what all do, in a fraction of the time.
         """
+        if len(weights[few]) == len(weights):
+            return np.broadcast_to(weights.astype(np.float32), (len(self.right), *weights.shape))
         weight = torch.tensor(weights, device=self.right.device, dtype=torch.float32)
         found = []
         for left, right in zip(_left(self._seen(features)), self.right, strict=True):
@@ -268,8 +273,8 @@ def _seen(
     shape: tuple[int, int, int],
 ) -> Float32[Tensor, "W V N"]:
     """The features in each window, as the kernel has them: it is `2 ** (-|a - b|**2 / 2)`."""
-    images = torch.from_numpy(features).to(mixed.device, torch.float32).T.reshape(*shape, -1)
-    images = torch.einsum("ykxn,kj->yjxn", images, mixed) * stretched
+    images = torch.from_numpy(features).to(mixed.device, torch.float32).T.reshape(*shape[:2], -1)
+    images = torch.matmul(mixed.T, images).view(*shape, -1) * stretched
     inside = _inside(shape).to(mixed.device)
     return images.flatten(0, 2)[inside.flatten()].view(*inside.shape, -1).div_(widths)
 

@@ -39,8 +39,8 @@ _SMALLEST = 1e-6  # of the largest score, or below 1: a score nearer than this t
 _RIVALS, _MORE_RIVALS = 7, 15  # at most; more only of those that score
 _LEAST_RIVAL = 3e-3  # in the mean, or more: of rarer ones too little is seen
 _TESTED_BY_FOLD = 128  # guides that pick nothing need not know how far they are to be believed
-# Masks that candidates are compared with, of those learnt from, at most. With twice as many, predictions take
-# twice as long, and leave a hundredth less variance at best.
+# Masks that candidates are compared with, of those learnt from: so many or a few more. With twice as many,
+# predictions take twice as long, and leave a hundredth less variance at best.
 _CENTRES = 256
 _CONDENSED_BY = 1024  # masks of which the centres are to say what all masks learnt from do
 
@@ -94,7 +94,7 @@ def learn(
     mix = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(inputs, seen.T, strict=True)])
     spread = (seen - mixed(mix, unseen)).std(axis=0)
 
-    few = slice(None, None, -(-len(masks) // _CENTRES))
+    few = slice(None, None, max(1, len(masks) // _CENTRES))
     condensed = windows.condensed(known[-_CONDENSED_BY:], weights, few)
     basis, fresh = _fresh_features(spec, size, grid)
     centres = Windows.of(known[few], metric, device)
