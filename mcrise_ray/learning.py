@@ -25,8 +25,9 @@ from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import Features, patches
 
 OPENING_FOLDS = 3  # of the first masks, each predicted by a guide of its own: more tell hardly more
-# A model takes about so many times as long for a mask as all takes that a candidate needs, or longer.
-_CANDIDATES_IN_TIME = 40
+# A ResNet-18 takes about so many times as long for a mask of 96 x 96 pixels as a candidate takes; others take
+# longer.
+_CANDIDATES_IN_TIME = 200
 _FIRST_FRESH = 3 << 58  # the index of the first of the masks that the linear part is fitted on
 _FRESH_PER_FEATURE = 4  # of those
 # Of the variance that cross-fitted predictions leave, at most, or they are kept. On pure noise a guide hardly
@@ -42,7 +43,7 @@ _TESTED_BY_FOLD = 128  # guides that pick nothing need not know how far they are
 # Masks that candidates are compared with, of those learnt from: so many or a few more. With twice as many,
 # predictions take twice as long, and leave a hundredth less variance at best.
 _CENTRES = 256
-_CONDENSED_BY = 1024  # masks of which the centres are to say what all masks learnt from do
+_CONDENSED_BY = 768  # masks of which the centres are to say what all masks learnt from do
 
 
 def learn(

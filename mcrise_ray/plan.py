@@ -19,7 +19,7 @@ _PILOT = 16384  # masks; with more, predictions become no better, and their scor
 _FIRST_LOOK = 1024  # masks
 _OPENING = 512  # masks that a guide first learns from, at most
 _OPENING_PER_FILL = 384  # with one fill there is less to learn: 6 % less variance at N = 2048 than with 512
-MOST_LEARNT = 2048  # masks: a guide's prediction takes time in proportion, and more tell little more
+MOST_LEARNT = 2048  # masks: learning from more takes seconds, and they tell little more
 _WORTH_LEARNING = 1 / 8  # masks to come for each learnt from, at least: a better guide saves a sixth of these
 _MOST_GUIDED = 8  # targets: odds that suit many of them suit none
 _BETWEEN_LOOKS = 2**0.5  # ratio of N from one look to the next

@@ -279,15 +279,15 @@ def test_squares_are_those_of_all_candidates_when_picks_are_regular(
 
 
 def test_candidates_are_more_where_picks_leave_little() -> None:
-    """Noise is `left + bend / candidates`, in the time of 40 candidates and those for each mask."""
+    """Noise is `left + bend / candidates`, in the time of 200 candidates and those for each mask."""
     bend = np.random.default_rng(0).normal(size=(4000, 1))
     bend /= (bend**2).mean() ** 0.5
-    for left, wanted in ((4.0, 8), (0.6, 8), (0.15, 16), (0.03, 32), (0.0, 32)):
+    for left, wanted in ((4.0, 8), (2.4, 8), (0.8, 16), (0.2, 32), (0.0, 32)):
         assert learning._candidates(bend, np.array([left])) == wanted
-        cost = {count: (left + 1 / count) * (40 + count) for count in (8, 16, 32)}
+        cost = {count: (left + 1 / count) * (200 + count) for count in (8, 16, 32)}
         assert min(cost, key=lambda count: cost[count]) == wanted
     both = np.concatenate([bend, bend], axis=1)
-    assert learning._candidates(both, np.array([4.0, 0.1])) == 16
+    assert learning._candidates(both, np.array([4.0, 0.6])) == 16
     assert learning._candidates(0 * bend, np.zeros(1)) == 8
 
 
