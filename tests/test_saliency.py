@@ -245,6 +245,21 @@ def test_standard_error_takes_two_masks() -> None:
     assert np.isfinite(two.relative_error).all()
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("fills", [1, 2, 5])
+def test_masked_images_are_those_of_the_coverages(
+    rng: np.random.Generator, fills: int, channels_last: bool
+) -> None:
+    spec = ExplainSpec(masks=20, colors=",".join(["red", "blue", "#123456", "white", "black"][:fills]))
+    image, palette = torch.from_numpy(rng.random((3, 15, 22))), torch.tensor(spec.palette).double()
+    found = Blender(image, palette, spec.grid, channels_last=channels_last)(draw(spec, 0, 20))
+    shares = torch.from_numpy(coverage(spec, (15, 22), range(20)))
+    kept = 1 - shares.sum(dim=1, keepdim=True)
+    wanted = kept * image + torch.einsum("nkyx,kc->ncyx", shares, palette)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert found.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_blending_in_normalised_space_is_blending_in_rgb(
     rng: np.random.Generator, dtype: torch.dtype
