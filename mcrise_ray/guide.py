@@ -41,7 +41,7 @@ MOST_CANDIDATES = 32
 _FIRST_CANDIDATE = 1 << 59  # the index of the first candidate, beyond every mask that can be asked for
 _FLOOR = 0.1  # share of the odds that is the same for all masks, so that no weight exceeds ten
 _CHUNK = 1024  # masks predicted at a time
-_KEPT = 4  # guides whose windows a worker keeps: they take up to 1 MiB each
+_KEPT = 4  # guides whose windows a worker keeps: they take up to 2 MiB each
 
 
 @dataclass(frozen=True, eq=False)
