@@ -171,7 +171,9 @@ class Windows:
     def slopes(
         self, features: Float64[np.ndarray, "N D"], weights: Float64[np.ndarray, "S L"]
     ) -> Float32[Tensor, "L N Y K X"]:
-        """How `similar` changes with each of the features of these; they are held all at once."""
+        """How `similar`, with the same weights in all windows, changes with each of the features of these;
+        they are held all at once.
+        """
         weight = torch.tensor(weights.T, device=self.right.device, dtype=torch.float32)
         found = weight.new_zeros(len(weight), features.shape[1], len(features))
         inside = _inside(self.shape).to(weight.device)

@@ -529,6 +529,7 @@ def test_a_few_masks_say_what_many_do() -> None:
     found = centres.similar(unseen, condensed), said(centres, unseen, shared)
     left, left_by_shared = (((one - wanted) ** 2).mean(axis=0) / wanted.var(axis=0) for one in found)
     assert condensed.shape == (len(windows.right), 64, 2)
+    assert (windows.condensed(seen, weights, slice(None)) == weights.astype(np.float32)).all()
     assert (left < 3e-4).all()
     assert (left_by_shared > 0.01).all()
 
