@@ -162,13 +162,17 @@ def predict(
     parts = guide.centres.cells, guide.centres.shift_words, guide.by_patch, guide.by_fill
     contents = [part.tobytes() for part in parts]
     windows = _windows_of(spec, size, guide.patches, guide.scale, *contents, str(device))
-    best, line = (np.empty((len(masks), len(guide.means))) for _ in range(2))
+    targets = len(guide.means)
+    best, line = (np.empty((len(masks), targets)) for _ in range(2))
     noise = np.empty(len(masks))
+    # By torch, which has all threads (see `one_blas_thread`).
+    lines = torch.from_numpy(np.concatenate([guide.slopes.T, guide.lines], axis=1))
     for start in range(0, len(masks), _CHUNK):
         part = slice(start, start + _CHUNK)
         found = features(masks[part])
-        line[part] = guide.means + found @ guide.slopes.T
-        known = guide.constants + windows.similar(found, guide.weights) + found @ guide.lines
+        along = (torch.from_numpy(found) @ lines).numpy()
+        line[part] = guide.means + along[:, :targets]
+        known = guide.constants + windows.similar(found, guide.weights) + along[:, targets:]
         best[part], doubt = logistic_moments(mixed(guide.mix, known), guide.spread)
         doubts = (doubt / np.maximum(guide.variance, 1e-300)).sum(axis=1)
         noise[part] = doubts**0.5 * leverage(spec, found, guide.patches)

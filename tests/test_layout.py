@@ -22,6 +22,7 @@ ORDER = [
     "blend",
     "regression",
     "variates",
+    "kernel_regression",
     "kernels",
     "guide",
     "learning",

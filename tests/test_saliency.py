@@ -307,3 +307,27 @@ def test_the_sums_of_a_unit_are_as_good_as_exact(rng: np.random.Generator) -> No
     )
     found = Fraction(float(sums.partial(4096).buckets.item()))
     assert abs(found - exact) <= exact * 4097 * Fraction(1, 2**53)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_scores_are_added_in_the_order_of_the_masks_whatever_the_threads(threads: int) -> None:
+    spec, size, before = (
+        mr.ExplainSpec(masks=4096, grid=(2, 3), colors="#204080,#804020"),
+        (4, 6),
+        torch.get_num_threads(),
+    )
+    masks, rng = draw(spec, 0, 4096), np.random.default_rng(0)
+    # Sums in another order differ: sizes are spread over twelve powers of ten.
+    scores = rng.normal(size=(4096, 2)) * 10.0 ** rng.integers(-6, 7, size=(4096, 2))
+    expected = np.zeros_like(UnitSums(spec, 2, size).partial(0).buckets)
+    for cells, (sy, sx), values in zip(masks.cells, masks.shifts(size), scores, strict=True):
+        for (y, x), state in np.ndenumerate(cells):
+            if state:
+                expected[:, y, sy, state - 1, x, sx] += values
+    sums = UnitSums(spec, 2, size)
+    torch.set_num_threads(threads)
+    try:
+        sums.accumulate(masks, scores)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(sums.partial(4096).buckets, expected)
