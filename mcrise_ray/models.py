@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mcrise_ray import programs, zoo
 from mcrise_ray.errors import ModelError, ScoreError, TargetError
 from mcrise_ray.loading import FORMS, NO_NORMALISATION, Loaded, ModelSpec, read_class_names
-from mcrise_ray.preprocess import Preprocessing
+from mcrise_ray.preprocess import Preprocessing, Triple
 from mcrise_ray.scores import BlackBox, Classifier, InputSpace, ask, input_space
 from mcrise_ray.servers import ServerModel, ServerUrl, is_server
 
@@ -178,10 +178,20 @@ def resolved(own: dict[str, Any], asked: dict[str, Any]) -> Preprocessing:
 def wrapped(network: BlackBox, preprocessing: Preprocessing) -> BlackBox:
     """The network with its normalisation and activation, or as it is where it needs neither."""
     mean, std = preprocessing.mean_of_rgb, preprocessing.std_of_rgb
+    if isinstance(network, programs.ExportedProgram):
+        mean, std = _chained((mean, std), (network.mean, network.std))
     as_it_is = (mean, std, preprocessing.activation) == ((0, 0, 0), (1, 1, 1), "none")
     if as_it_is and not isinstance(network, nn.Module):
         return network
     return Classifier(network, mean, std, preprocessing.activation)
+
+
+def _chained(first: tuple[Triple, Triple], then: tuple[Triple, Triple]) -> tuple[Triple, Triple]:
+    """Mean and standard deviation of two normalisations, one after the other."""
+    channels = list(zip(*first, *then, strict=True))
+    means = [mean + std * next_mean for mean, std, next_mean, _ in channels]
+    stds = [std * next_std for _, std, _, next_std in channels]
+    return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
 
 
 def _device(asked: str | None) -> torch.device:

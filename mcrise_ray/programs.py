@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from mcrise_ray.errors import ModelError
 from mcrise_ray.layout import Layout, in_parts
 from mcrise_ray.loading import Loaded, ModelSpec, first_line, optional, options_of
+from mcrise_ray.normalisation import without_normalisation
+from mcrise_ray.preprocess import Triple
 from mcrise_ray.sessions import Converted, open_session
 
 
@@ -27,11 +29,20 @@ class ExportedProgram(nn.Module):
     Args:
         program: takes `(B, 3, H, W)`.
         least, most: images that it takes at once; `most` may be None.
+        mean, std: of a normalisation that was part of it, and is left to who asks.
     """
 
-    def __init__(self, program: nn.Module, least: int, most: int | None) -> None:
+    def __init__(
+        self,
+        program: nn.Module,
+        least: int,
+        most: int | None,
+        mean: Triple = (0.0, 0.0, 0.0),
+        std: Triple = (1.0, 1.0, 1.0),
+    ) -> None:
         super().__init__()
         self.program, self.least, self.most = program, least, most
+        self.mean, self.std = mean, std
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Tensor:
         """The program's output."""
@@ -84,7 +95,8 @@ def load_exported(spec: ModelSpec, device: torch.device) -> Loaded:
     if layout.channels_last:
         raise ModelError(f"expected a program of images (B, 3, H, W) in {path}, found (B, H, W, 3)")
     least, most = _batch_range(exported, inputs[0])
-    return Loaded(ExportedProgram(program, least, most), layout.preprocessing(), device)
+    mean, std = without_normalisation(program)
+    return Loaded(ExportedProgram(program, least, most, mean, std), layout.preprocessing(), device)
 
 
 def load_onnx(spec: ModelSpec, device: torch.device) -> Loaded:

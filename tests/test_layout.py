@@ -40,6 +40,7 @@ ORDER = [
     "loading",
     "zoo",
     "sessions",
+    "normalisation",
     "programs",
     "models",
     "baselines",

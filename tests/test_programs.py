@@ -18,6 +18,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.export import Dim
+from torchvision.transforms.v2.functional import normalize
 
 import mcrise_ray as mr
 from mcrise_ray import programs
@@ -84,6 +85,81 @@ def test_without_onnxscript_nothing_is_converted(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModelError, match=r"cannot import onnxscript.*mcrise-ray\[onnx\]"):
         programs.converted(networks.tiny().eval(), SIZE)
+
+
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
+
+
+class Normalised(nn.Module):
+    """A network behind some function of its images, which may use two buffers."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function, self.network = function, networks.tiny()
+        self.register_buffer("mean", MEAN.view(3, 1, 1))
+        self.register_buffer("std", STD.view(1, 3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(self.function(self, images))
+
+
+@pytest.mark.parametrize(
+    ("function", "mean", "std"),
+    [
+        (lambda _, x: x * 2 - 1, (0.5,) * 3, (0.5,) * 3),
+        (lambda of, x: (x - of.mean) / of.std, MEAN.tolist(), STD.tolist()),
+        (lambda _, x: normalize(x, [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]), MEAN.tolist(), STD.tolist()),
+        (lambda _, x: (x - MEAN[:, None, None]).div_(STD.view(3, 1, 1)), MEAN.tolist(), STD.tolist()),
+        (lambda of, x: (x + 1) * 255 / of.std, (-1,) * 3, (STD / 255).tolist()),
+        (lambda _, x: x * -1, (0,) * 3, (-1,) * 3),
+    ],
+    ids=["scalars", "buffers", "torchvision", "in place", "add", "negative"],
+)
+def test_normalisation_of_an_exported_program_is_done_once_an_image(
+    tmp_path: Path, function, mean: tuple, std: tuple
+) -> None:
+    network = Normalised(function).eval()
+    path = exported(tmp_path / "m.pt2", Dim("batch"), network)
+    model = mr.load_model(path)
+    torch.testing.assert_close(model(noise(3)), network(noise(3)).softmax(1))
+    found = model.black_box.network
+    assert (found.mean, found.std) == (pytest.approx(mean, abs=1e-6), pytest.approx(std, rel=1e-6))
+    (images,) = (node for node in found.program.graph.nodes if node.op == "placeholder")
+    assert [node.target for node in images.users if node.op == "call_function"] == [
+        torch.ops.aten.conv2d.default
+    ]
+    torch.testing.assert_close(model.input_space().normalize(noise(3)), function(network, noise(3)))
+    # Beside what is asked for outside of it, and with what runs it faster.
+    outside = mr.load_model(path, preprocessing={"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)})
+    expected = network(
+        (noise(3) - torch.tensor([0.1, 0.2, 0.3])[:, None, None])
+        / torch.tensor([0.5, 0.6, 0.7])[:, None, None]
+    )
+    torch.testing.assert_close(outside(noise(3)), expected.softmax(1))
+    fast = apply(model, Execution(batch_size=3, threads=1, precision=Precision(onnxruntime=True)))
+    torch.testing.assert_close(fast(noise(3)), model(noise(3)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda _, x: x,
+        lambda _, x: (x * 2 - 1) + x,
+        lambda _, x: x * x.mean(),
+        lambda _, x: x - torch.linspace(0, 1, SIZE[1]),
+        lambda _, x: x - torch.ones(1, 3, *SIZE),
+        lambda _, x: torch.sub(x, MEAN[:, None, None], alpha=2),
+        lambda _, x: 1 - x,
+        lambda _, x: x * 0 + 0.5,
+        lambda _, x: x.clone().relu() - 1,
+    ],
+    ids=["none", "read twice", "computed", "columns", "pixels", "alpha", "from one", "nothing", "relu"],
+)
+def test_what_is_no_normalisation_stays_in_the_program(tmp_path: Path, function) -> None:
+    network = Normalised(function).eval()
+    model = mr.load_model(exported(tmp_path / "m.pt2", Dim("batch"), network))
+    torch.testing.assert_close(model(noise(3)), network(noise(3)).softmax(1))
+    assert (model.black_box.network.mean, model.black_box.network.std) == ((0, 0, 0), (1, 1, 1))
 
 
 def test_exported_program_with_another_normalisation(tmp_path: Path) -> None:
