@@ -61,7 +61,8 @@ class BenchSpec(StrictModel):
         threads: of torch; as many as there are cores by default.
         parts: in this order.
         repeats: pairs of runs of which the median is taken.
-        seeds: whose standard errors are taken together, for times to equal error; 0 measures none.
+        seeds: whose standard errors are taken together, for times to equal error; 0 measures none. Where most
+            scores are near 0, a single one may find half the variance.
         images: of the jobs of `actors`.
         price_per_hour: of this machine, for costs.
     """
