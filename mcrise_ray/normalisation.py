@@ -29,6 +29,7 @@ _STEPS: Final[dict[Any, Callable[[Tensor, Tensor, Tensor], _Affine]]] = {
     _ATEN.div.Tensor: lambda scale, shift, by: (scale / by, shift / by),
     _ATEN.div_.Tensor: lambda scale, shift, by: (scale / by, shift / by),
 }
+_SHAPE_CHECK: Final = "_guards_fn"  # of the input; a module that export adds
 _CONSTANT: Final = (_ATEN.lift_fresh_copy.default, _ATEN.view.default, _ATEN.unsqueeze.default)
 
 
@@ -51,7 +52,8 @@ def without_normalisation(program: GraphModule) -> tuple[Triple, Triple]:
         scale, shift = _STEPS[node.target](scale, shift, by)
         steps.append(node)
     mean, std = (-shift / scale).tolist(), (1 / scale).tolist()
-    if len(steps) == 1 or not all(map(math.isfinite, (*mean, *std))):
+    shared = any(_may_overwrite(node, steps[-1]) for node in steps[-1].users)
+    if len(steps) == 1 or shared or not all(map(math.isfinite, (*mean, *std))):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     steps[-1].replace_all_uses_with(images)
     for node in reversed(steps[1:]):
@@ -64,8 +66,7 @@ def _next_step(program: GraphModule, before: Node) -> tuple[Node, Tensor] | None
     """The node that alone reads the values of another, and its number for each channel; None where more do,
     or where it does something else.
     """
-    # What checks the shape of the input is a module, of the program's own.
-    readers = [node for node in before.users if node.op != "call_module"]
+    readers = [node for node in before.users if node.target != _SHAPE_CHECK]
     if len(readers) != 1:
         return None
     (node,) = readers
@@ -75,6 +76,16 @@ def _next_step(program: GraphModule, before: Node) -> tuple[Node, Tensor] | None
         return None
     by = _per_channel(_value(program, node.args[1]))
     return None if by is None else (node, by)
+
+
+def _may_overwrite(node: Node, argument: Node) -> bool:
+    """Whether a node writes to its argument, or returns a view of it that another may write to: in place of
+    the program's own values that would be the batch of who asks.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op != "output"
+    given = zip(node.args, node.target._schema.arguments, strict=False)
+    return any(value is argument and expected.alias_info is not None for value, expected in given)
 
 
 def _value(program: GraphModule, argument: Any) -> Any:

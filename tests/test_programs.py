@@ -152,13 +152,29 @@ def test_normalisation_of_an_exported_program_is_done_once_an_image(
         lambda _, x: 1 - x,
         lambda _, x: x * 0 + 0.5,
         lambda _, x: x.clone().relu() - 1,
+        # What is overwritten then must not be the batch of who asks.
+        lambda _, x: (x * 2 - 1).relu_(),
+        lambda _, x: (x * 2 - 1).view(-1, 3, *SIZE).relu_(),
     ],
-    ids=["none", "read twice", "computed", "columns", "pixels", "alpha", "from one", "nothing", "relu"],
+    ids=[
+        "none",
+        "twice",
+        "computed",
+        "columns",
+        "pixels",
+        "alpha",
+        "from_one",
+        "nothing",
+        "relu",
+        "overwritten",
+        "view",
+    ],
 )
 def test_what_is_no_normalisation_stays_in_the_program(tmp_path: Path, function) -> None:
     network = Normalised(function).eval()
-    model = mr.load_model(exported(tmp_path / "m.pt2", Dim("batch"), network))
-    torch.testing.assert_close(model(noise(3)), network(noise(3)).softmax(1))
+    model, images = mr.load_model(exported(tmp_path / "m.pt2", Dim("batch"), network)), noise(3)
+    torch.testing.assert_close(model(images), network(noise(3)).softmax(1))
+    assert torch.equal(images, noise(3))
     assert (model.black_box.network.mean, model.black_box.network.std) == ((0, 0, 0), (1, 1, 1))
 
 
