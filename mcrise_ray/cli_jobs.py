@@ -262,7 +262,8 @@ def _amounts(option: str, given: list[str] | None) -> dict[str, float]:
 
 def _plan_lines(job: JobSpec, plan: Plan) -> Iterator[str]:
     more, so_far = _more(job), _so_far(plan)
-    yield f"images       {plan.images:,}{so_far}"
+    useless = f", {plan.useless:,} of which cannot be explained" if plan.useless else ""
+    yield f"images       {plan.images:,}{useless}{so_far}"
     if job.reid is not None:
         yield f"gallery      {plan.gallery:,}{so_far}"
     yield f"units        {more}{plan.units:,}{so_far}"

@@ -15,11 +15,12 @@ from mcrise_ray.errors import ImageError
 from mcrise_ray.explained import load_explained
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, explain
 from mcrise_ray.files import shown
-from mcrise_ray.images import ImageSource, read_image
+from mcrise_ray.images import ImageRef, ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.plan import unit_count, unit_size
 from mcrise_ray.precision import Execution
 from mcrise_ray.reidspec import ReidSpec
+from mcrise_ray.targets import check_source
 from mcrise_ray.tuning import settle
 
 _TRIED = 20  # images, until one can be decoded
@@ -39,6 +40,7 @@ class Plan:
             embed as well.
         rows: of `maps/` at most: targets of an image that coincide share a row.
         gallery: images of the gallery of a ReID job.
+        useless: images that will have an error row, by what their listing tells: more may not be readable.
     """
 
     images: int
@@ -48,6 +50,7 @@ class Plan:
     model_calls: int
     rows: int
     gallery: int = 0
+    useless: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,15 @@ def plan_job(job: JobSpec, *, seconds: float = 20.0) -> Plan:
 
     Raises:
         ImageError: a source is not there, or there are no images.
+        TargetError: no image can have the label, or the targets of its own, asked for.
     """
     until = time.monotonic() + seconds
     source = ImageSource(job.images)
-    count, targets, complete = 0, 0, True
+    check_source(job.targets, source)
+    count, targets, useless, complete = 0, 0, 0, True
     for image in source:
         count += 1
+        useless += _is_useless(job, image)
         targets += _targets(job, len(image.targets))
         if time.monotonic() > until:
             complete = False
@@ -107,6 +113,7 @@ def plan_job(job: JobSpec, *, seconds: float = 20.0) -> Plan:
         model_calls=calls(job, count, size, gallery),
         rows=targets,
         gallery=gallery,
+        useless=useless,
     )
 
 
@@ -206,6 +213,12 @@ def _matches(reid: ReidSpec, queries: int) -> int:
     named = 0 if reid.pairs is None else sum(map(len, read_pairs(reid.pairs).values()))
     nearest = max((int(word[3:]) for word in reid.matches if word.startswith("top")), default=0)
     return queries * (nearest + len({"correct", "wrong"}.intersection(reid.matches))) + named
+
+
+def _is_useless(job: JobSpec, image: ImageRef) -> bool:
+    """Whether it cannot be explained, as its listing tells."""
+    missing = image.label is None and "truth" in job.targets
+    return image.problem is not None or missing or (not image.targets and "manifest" in job.targets)
 
 
 def _targets(job: JobSpec, of_manifest: int) -> int:

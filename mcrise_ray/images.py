@@ -7,9 +7,8 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from itertools import chain, count
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from jaxtyping import UInt8
 from mcrise_ray import files, shards
 from mcrise_ray.decode import DecodeOptions, decode
 from mcrise_ray.errors import ImageError
+from mcrise_ray.seen import Seen
 
 SUFFIXES: Final = frozenset(
     f".{name}"
@@ -108,7 +108,7 @@ class ImageSource:
                 raise ImageError(f"{files.shown(source)}: {error}") from error
 
     def __iter__(self) -> Iterator[ImageRef]:
-        seen = _Seen()
+        seen = Seen()
         expanded = chain.from_iterable(_expand(source) for source in self.sources)
         for place, ref in enumerate(chain.from_iterable(_list(source) for source in expanded), start=1):
             unique = ref
@@ -121,6 +121,10 @@ class ImageSource:
         """Names of the classes that the labels count, from the first source that has any."""
         named = (_class_names(source) for source in self.sources)
         return next((names for names in named if names), ())
+
+    def may_have(self, column: str) -> bool:
+        """Whether any image may have a `label` or a `target`, by what is known of the sources unlisted."""
+        return any(column in _columns(one) for source in self.sources for one in _expand(source))
 
 
 def read_image(uri: str, options: DecodeOptions | None = None) -> UInt8[np.ndarray, "h w 3"]:
@@ -349,6 +353,24 @@ def _manifest_targets(value: Any) -> tuple[int | str, ...]:
     return tuple(target for target in map(_label, values) if target is not None)
 
 
+def _columns(source: str) -> Collection[str]:
+    """What a source after expansion may tell of its images; nothing where it cannot be read."""
+    try:
+        match _kind(source):
+            case "csv":
+                with files.open_seekable(source) as file:
+                    found = _csv_columns(_csv_reader(file))
+                return [name for name, place in zip(_COLUMNS, found, strict=True) if place is not None]
+            case "parquet":
+                names = shards.open_parquet(source).schema_arrow.names
+                return [name for name in names if "uri" in names or name == "label"]
+            case "imagefolder" | "tar" | "torchvision":
+                return ["label"]
+    except ImageError:  # its listing tells why
+        return []
+    return []
+
+
 def _class_names(source: str) -> tuple[str, ...]:
     first = next(_expand(source))
     match _kind(first):
@@ -359,24 +381,3 @@ def _class_names(source: str) -> tuple[str, ...]:
         case "torchvision":
             return tuple(str(name) for name in getattr(shards.torchvision_dataset(first), "classes", ()))
     return ()
-
-
-class _Seen:
-    """A set of names in constant memory that may claim to have one already, but never overlooks one."""
-
-    _BITS = 1 << 29  # 64 MiB, touched as it fills: 1 name in 40,000 is wrongly claimed at 10 million
-
-    def __init__(self) -> None:
-        self._bits = bytearray(self._BITS // 8)
-
-    def add(self, name: str) -> bool:
-        """Whether the name is new."""
-        digest = int.from_bytes(blake2b(name.encode(), digest_size=16).digest(), "little")
-        new = False
-        for _ in range(4):
-            digest, bit = digest >> 29, digest & (self._BITS - 1)
-            place, mask = bit >> 3, 1 << (bit & 7)
-            if not self._bits[place] & mask:
-                self._bits[place] |= mask
-                new = True
-        return new

@@ -25,6 +25,7 @@ from mcrise_ray.recorder import Counts, Recorder
 from mcrise_ray.reidjob import ReidJob
 from mcrise_ray.results import Results, read_results
 from mcrise_ray.store import Committed, MapRow, MatchRow, Store
+from mcrise_ray.targets import check_source
 from mcrise_ray.worker import InProcess, Setup, Worker
 
 _COUNTED = 1000  # shorter lists are counted before the start, for the progress bar
@@ -90,7 +91,9 @@ def run_job(
         MCRiseError: the job cannot run at all: no images, no model, no output, no Ray; or the output belongs
             to another job.
     """
-    images, count = _count_if_short(ImageSource(job.images))
+    source = ImageSource(job.images)
+    check_source(job.targets, source)
+    images, count = _count_if_short(source)
     store = Store(job.output)
     lease = Lease(store)
     try:

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float64
 from pydantic import BeforeValidator
 
+from mcrise_ray import files
 from mcrise_ray.errors import TargetError
-from mcrise_ray.images import ImageRef
+from mcrise_ray.images import ImageRef, ImageSource
 from mcrise_ray.models import Model
 from mcrise_ray.scores import check_targets
 from mcrise_ray.tasks import Target
@@ -101,6 +102,21 @@ def check_choice(choice: Sequence[int | str], model: Model) -> None:
             check_targets([model.class_index(part)], model.classes)
         else:
             _count(word, model.classes)
+
+
+def check_source(choice: Sequence[int | str], source: ImageSource) -> None:
+    """Find out before the first image that none can have the label, or the targets of its own, asked for.
+
+    Raises:
+        TargetError: no source has them.
+    """
+    for word, column, advice in (
+        ("truth", "label", "use imagefolder:FOLDER, or give a manifest with that column"),
+        ("manifest", "target", "give a manifest with that column"),
+    ):
+        if word in choice and not source.may_have(column):
+            shown = ", ".join(map(files.shown, source.sources))
+            raise TargetError(f"expected a {column} for target {word!r}, found none in {shown}; {advice}")
 
 
 def _word(part: int | str) -> re.Match[str] | None:

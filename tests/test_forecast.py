@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import mcrise_ray as mr
 from mcrise_ray import forecast, scores
 from mcrise_ray.cli import app
-from mcrise_ray.errors import ImageError
+from mcrise_ray.errors import ImageError, TargetError
 from mcrise_ray.forecast import Plan, Probe, output_bytes, plan_job, probe_job, seconds_needed
 from mcrise_ray.jobfiles import load_job
 from mcrise_ray.jobs import run_job
@@ -83,6 +83,21 @@ def test_targets_of_a_manifest_are_counted(folder: Path, tmp_path: Path) -> None
     (folder / "list.csv").write_text("uri,target\nb.png,1|2\nc.png,0\n")
     plan = plan_job(job(folder / "list.csv", tmp_path, targets="predicted+manifest"))
     assert plan == Plan(images=2, complete=True, units=10, masks=600, model_calls=12, rows=5)
+
+
+def test_images_that_their_listing_says_cannot_be_explained_are_counted(folder: Path, tmp_path: Path) -> None:
+    (folder / "list.csv").write_text("uri,label\nb.png,1\nc.png,\n,1\n")
+    assert plan_job(job(folder / "list.csv", tmp_path)).useless == 1
+    spec = job(folder / "list.csv", tmp_path, targets="truth")
+    assert plan_job(spec).useless == 2
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    done = mcrise("job", "check", tmp_path / "job.yaml", "--no-probe")
+    assert done.stdout.splitlines()[0] == "images       3, 2 of which cannot be explained"
+
+
+def test_labels_that_no_image_can_have_are_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"expected a label for target 'truth', found none in .*images"):
+        plan_job(job(folder, tmp_path, targets="truth"))
 
 
 def test_the_probe_passes_over_what_cannot_be_read(folder: Path, tmp_path: Path) -> None:

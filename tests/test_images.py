@@ -29,8 +29,9 @@ from torch import nn
 
 from mcrise_ray import ImageSource, JobSpec, read_image, read_results, run_job
 from mcrise_ray.errors import ImageError
-from mcrise_ray.images import ImageRef, _Seen
+from mcrise_ray.images import ImageRef
 from mcrise_ray.loading import ModelSpec
+from mcrise_ray.seen import Seen
 from mcrise_ray.spec import ExplainSpec
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 99, 199)]
@@ -299,7 +300,7 @@ def test_images_of_one_name_neither_meet_nor_vanish(data: Path, tmp_path: Path) 
 
 
 def test_seen_overlooks_nothing() -> None:
-    seen = _Seen()
+    seen = Seen()
     names = [f"images/{i:06d}.jpg" for i in range(20_000)]
     assert all(seen.add(name) for name in names)
     assert not any(seen.add(name) for name in names)

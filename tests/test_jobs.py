@@ -384,6 +384,12 @@ def test_no_results_is_an_error(tmp_path: Path) -> None:
         mr.read_results(str(tmp_path))
 
 
+def test_labels_that_no_image_can_have_end_a_job_before_its_first(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(errors.TargetError, match="expected a label for target 'truth'"):
+        run_job(job(folder, tmp_path / "out", targets="predicted+truth"), Silent())
+    assert not (tmp_path / "out").exists()
+
+
 def test_labels_of_a_manifest_are_explained_beside_the_prediction(folder: Path, tmp_path: Path) -> None:
     model = mr.load_model(NETWORK)
     image = model.prepare(mr.read_image(str(folder / "a.png")))

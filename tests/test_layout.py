@@ -48,6 +48,7 @@ ORDER = [
     "files",
     "decode",
     "shards",
+    "seen",
     "images",
     "pipeline",
     "reduction",

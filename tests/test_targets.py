@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 
 from mcrise_ray import JobSpec
 from mcrise_ray.errors import SpecError, TargetError
-from mcrise_ray.images import ImageRef
+from mcrise_ray.images import ImageRef, ImageSource
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.models import Model
 from mcrise_ray.preprocess import Preprocessing
-from mcrise_ray.targets import check_choice, choose_targets, parse_targets
+from mcrise_ray.targets import check_choice, check_source, choose_targets, parse_targets
 
 MODEL = Model(lambda images: images, Preprocessing(), 4, ("cat", "dog", "owl", "fox"), torch.device("cpu"))
 SCORES = np.array([0.1, 0.4, 0.1, 0.4])
@@ -131,3 +134,65 @@ def test_targets_that_can_be_there(asked: Any) -> None:
 def test_targets_that_no_image_can_have(asked: Any, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         check_choice(parse_targets(asked), MODEL)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """Of every kind that may have labels, or not."""
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").write_bytes(b"")
+    (tmp_path / "s-0.tar").write_bytes(b"")
+    (tmp_path / "plain.csv").write_text("uri,pid\na.png,3\n")
+    (tmp_path / "half-0.csv").write_text("uri\na.png\n")
+    (tmp_path / "known-0.csv").write_text("uri\na.png\n")
+    (tmp_path / "known-1.csv").write_text("URI, Label\na.png,3\n")
+    (tmp_path / "asked.csv").write_text("uri,target\na.png,3\n")
+    encoded = {"image": [{"bytes": b"", "path": "a"}], "target": [1]}
+    for name, table in (
+        ("plain.parquet", {"uri": ["a"]}),
+        ("known.parquet", {"uri": ["a"], "label": [1], "target": [[1]]}),
+        ("encoded.parquet", encoded),
+        ("encoded_known.parquet", encoded | {"label": [2]}),
+    ):
+        pa.parquet.write_table(pa.table(table), tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ("truth", ["imagefolder:."]),
+        ("predicted+truth", ["s-0.tar"]),
+        ("truth", ["known-{0..1}.csv"]),
+        ("truth", ["cat", "cat/gone.png", "known.parquet"]),
+        ("truth", ["encoded_known.parquet"]),
+        ("manifest", ["asked.csv"]),
+        ("truth+manifest", ["known.parquet"]),
+        ("predicted", ["cat"]),
+    ],
+)
+def test_sources_whose_images_may_have_the_label_or_target(
+    sources: Path, asked: Any, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sources)
+    check_source(parse_targets(asked), ImageSource(names))
+
+
+@pytest.mark.parametrize(
+    ("asked", "names", "message"),
+    [
+        ("truth", ["cat"], "expected a label for target 'truth', found none in cat; use imagefolder:FOLDER"),
+        ("truth", ["cat/a.png", "cat/gone.png"], "expected a label"),
+        ("predicted+truth", ["plain.csv", "plain.parquet"], "in plain.csv, plain.parquet"),
+        ("truth", ["encoded.parquet", "half-{0..1}.csv"], "expected a label"),
+        ("manifest", ["imagefolder:."], "expected a target for target 'manifest'.*give a manifest"),
+        ("manifest", ["encoded_known.parquet"], "expected a target"),
+        ("truth+manifest", ["known-1.csv"], "expected a target"),
+    ],
+)
+def test_sources_whose_images_cannot_have_it(
+    sources: Path, asked: Any, names: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sources)
+    with pytest.raises(TargetError, match=message):
+        check_source(parse_targets(asked), ImageSource(names))
