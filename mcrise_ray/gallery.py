@@ -122,13 +122,36 @@ class GalleryStore:
 
     def present(self) -> frozenset[str]:
         """Names of the chunks that are committed."""
-        return frozenset(file.rpartition("/")[2].removesuffix(".parquet") for file in self._files("rows"))
+        return frozenset(map(_chunk_of, self._files("rows")))
+
+    def failed(self) -> frozenset[str]:
+        """Names of those with images that could not be embedded, committed or not."""
+        return frozenset(map(_chunk_of, self._files("errors")))
 
     def write(self, chunk: str, rows: Sequence[GalleryRow], errors: Sequence[ErrorRow] = ()) -> None:
         """Commit what became of a chunk's images; the same chunk again replaces itself."""
         if errors:
-            table = pa.Table.from_pylist([asdict(error) for error in errors], schema=ERROR_SCHEMA)
-            self._write_table(f"errors/{chunk}.parquet", table)
+            self._write_errors(chunk, errors)
+        self._write_rows(chunk, rows)  # last: it is what says that the chunk is done
+
+    def mend(self, chunk: str, rows: Sequence[GalleryRow], errors: Sequence[ErrorRow] = ()) -> None:
+        """Commit what became of the images of a committed chunk that could not be embedded before."""
+        path, mended = f"{self._root}/rows/{chunk}.parquet", {row.image_id for row in rows}
+        known = [
+            GalleryRow(**row | {"embedding": np.array(row["embedding"], np.float32)})
+            for batch in self._batches([path], [*_KEYS, "embedding"])
+            for row in batch.to_pylist()
+            if row["image_id"] not in mended
+        ]
+        # Errors last: an image with a row and an error is tried once more, one with neither would be lost.
+        self._write_rows(chunk, [*known, *rows])
+        self._write_errors(chunk, errors)
+
+    def _write_errors(self, chunk: str, errors: Sequence[ErrorRow]) -> None:
+        table = pa.Table.from_pylist([asdict(error) for error in errors], schema=ERROR_SCHEMA)
+        self._write_table(f"errors/{chunk}.parquet", table)
+
+    def _write_rows(self, chunk: str, rows: Sequence[GalleryRow]) -> None:
         embeddings = np.concatenate([np.empty(0, np.float32), *(row.embedding for row in rows)])
         table = pa.table(
             {
@@ -142,15 +165,19 @@ class GalleryStore:
                 ),
             }
         )
-        # Last: it is what says that the chunk is done.
         self._write_table(f"rows/{chunk}.parquet", table)
 
-    def errors(self, chunks: Collection[str]) -> Iterator[ErrorRow]:
+    def errors(self, chunks: Iterable[str]) -> Iterator[ErrorRow]:
         """The images of some chunks that could not be embedded, chunk by chunk."""
-        there = set(self._files("errors"))
-        for path in (f"{self._root}/errors/{chunk}.parquet" for chunk in chunks):
-            for batch in self._batches([path] if path in there else [], ERROR_SCHEMA.names):
-                yield from (ErrorRow(**row) for row in batch.to_pylist())
+        there = self.failed()
+        for chunk in chunks:
+            if chunk in there:
+                yield from self.errors_of(chunk)
+
+    def errors_of(self, chunk: str) -> Iterator[ErrorRow]:
+        """Those of a chunk that has any."""
+        for batch in self._batches([f"{self._root}/errors/{chunk}.parquet"], ERROR_SCHEMA.names):
+            yield from (ErrorRow(**row) for row in batch.to_pylist())
 
     def load(self, chunks: Collection[str], memory_map: str | None = None) -> Gallery:
         """The images of some chunks, ordered by `image_id` whatever the order in which they were written.
@@ -233,6 +260,10 @@ class GalleryStore:
             raise StoreError(
                 f"cannot write {name} to {self.location}: {error}; check --gallery-store"
             ) from error
+
+
+def _chunk_of(path: str) -> str:
+    return path.rpartition("/")[2].removesuffix(".parquet")
 
 
 def _places(names: Sequence[str], among: pa.Array) -> Int64[np.ndarray, " n"]:

@@ -98,13 +98,13 @@ def run_job(
     lease = Lease(store)
     try:
         committed = Committed.nothing() if overwrite else _committed(job, store)
-        retry_errors = retry_errors and bool(committed.failed)
-        if retry_errors:
+        trying_again = retry_errors and bool(committed.failed)
+        if trying_again:
             reporter.note(f"trying {len(committed.failed)} images with errors again")
             committed = committed.without_errors()
         left = (image for image in images if image.image_id not in committed)
         first = next(left, None)
-        if first is None and job.reid is not None and not _is_done(store):
+        if first is None and job.reid is not None and (trying_again or not _is_done(store)):
             first = next(iter(ImageSource(job.images)))  # the rest of the job is left
         if first is None:
             reporter.note(f"all {len(committed)} images are done already in {job.output}")
@@ -118,14 +118,16 @@ def run_job(
         reporter.start(count, each, len(committed))
         execution = (None if overwrite else _execution(store)) or _chosen(job)
         setup = _setup(job, count, first)
-        work = chain([first], left) if job.reid is None else ReidJob(job, committed, reporter.note)
+        work = (
+            chain([first], left) if job.reid is None else ReidJob(job, committed, reporter.note, retry_errors)
+        )
         if job.actors == 0:
             alone = InProcess(Worker(setup), execution)
-            return _run(job, store, lease, committed, work, reporter, alone, overwrite, retry_errors)
+            return _run(job, store, lease, committed, work, reporter, alone, overwrite, trying_again)
         from mcrise_ray import cluster
 
         with cluster.connect(job, setup, execution, address) as executor:
-            return _run(job, store, lease, committed, work, reporter, executor, overwrite, retry_errors)
+            return _run(job, store, lease, committed, work, reporter, executor, overwrite, trying_again)
     finally:
         lease.release()
 
@@ -139,7 +141,7 @@ def _run(
     reporter: Reporter,
     executor: Executor,
     overwrite: bool,
-    retry_errors: bool,
+    forget_errors: bool,
 ) -> Summary:
     """Run the engine, and leave the output in order however that ends."""
     began = time.monotonic()
@@ -156,7 +158,7 @@ def _run(
         ledger,
         reporter,
         clear=overwrite,
-        forget_errors=retry_errors,
+        forget_errors=forget_errors,
         on_built=(lambda _: None) if reid is None else lambda built: reid.begin(built.facts),
     )
     engine = Engine(ledger, executor, recorder, Limits(max_retries=job.max_retries, deadline=job.deadline))

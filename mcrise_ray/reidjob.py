@@ -48,13 +48,19 @@ class _Side:
     store: GalleryStore
     chunks: dict[str, None]
 
-    def missing(self) -> Iterator[tuple[Chunk, Commit]]:
-        """List all chunks, and give those that are not committed."""
-        present = self.store.present()
+    def missing(self, retry_errors: bool) -> Iterator[tuple[Chunk, Commit]]:
+        """List all chunks, and give those that are not committed; of those that are, perhaps the images that
+        could not be embedded.
+        """
+        present, failed = self.store.present(), self.store.failed() if retry_errors else ()
         for chunk in chunks(self.source):
             self.chunks[chunk.name] = None
             if chunk.name not in present:
                 yield chunk, partial(self.store.write, chunk.name)
+            elif chunk.name in failed:
+                names = {error.image_id for error in self.store.errors_of(chunk.name)}
+                if refs := tuple(ref for ref in chunk.refs if ref.image_id in names):
+                    yield replace(chunk, refs=refs), partial(self.store.mend, chunk.name)
 
 
 class ReidJob:
@@ -64,13 +70,17 @@ class ReidJob:
         job: of kind `reid`.
         committed: what earlier runs have finished.
         note: told how far the embedding is.
+        retry_errors: embed again what could not be embedded by an earlier run.
 
     Raises:
         ImageError: a source, or the list of pairs, cannot be read.
     """
 
-    def __init__(self, job: JobSpec, committed: Committed, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, job: JobSpec, committed: Committed, note: Callable[[str], None], retry_errors: bool = False
+    ) -> None:
         assert job.reid is not None
+        self._retry_errors = retry_errors
         self._job, self._reid = job, job.reid
         self._committed = committed
         self._note = note
@@ -85,7 +95,8 @@ class ReidJob:
 
     def ledger(self, saved: Callable[[str], Saved | None]) -> EmbeddingLedger:
         """Of all that is to be done; see `Ledger` for what is saved."""
-        missing = chain(self._queries.missing(), self._gallery.missing())
+        sides = self._queries, self._gallery
+        missing = chain.from_iterable(side.missing(self._retry_errors) for side in sides)
         self._ledger = EmbeddingLedger(missing, lambda size: self._explain(size, saved), self._note)
         return self._ledger
 

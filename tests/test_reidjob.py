@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from mcrise_ray.embedding import EmbeddingLedger
 from mcrise_ray.engine import Event
 from mcrise_ray.errors import ImageError, SpecError, StoreError
 from mcrise_ray.faults import Fault, FaultKind
+from mcrise_ray.gallery import GalleryStore
 from mcrise_ray.jobs import Summary, draw_figures, run_job
 from mcrise_ray.store import MatchRow
 from mcrise_ray.tasks import Call, EmbedTask, Reply
-from mcrise_ray.worker import InProcess
+from mcrise_ray.worker import InProcess, Worker
 
 # Five images each, wherever the images are: no name ends a chunk before.
 CHUNKS = (("_LEAST", 2), ("_USUAL", 2**32), ("_MOST", 5))
@@ -469,6 +471,88 @@ def test_what_is_left_of_a_job_may_be_its_end(
     stored = json.loads((tmp_path / "out/job.json").read_text())
     assert (stored["state"], stored["retrieval"]) == ("done", expected["retrieval"])
     assert len(errors(tmp_path / "out")) == 6
+
+
+def test_errors_are_tried_again_on_either_side(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(job(mixed, out))
+    before, kept = content(out), embeddings(out)
+    save(mixed / "query/0001_c1s1_broken.png", person(1, 3))
+    save(mixed / "gallery/0001_c1s1_000001_00.png", person(1, 20))
+    assert run(job(mixed, out)).errors == 6  # they are final, unless
+    asked: list[str] = []
+    monkeypatch.setattr(Worker, "do", recording(Worker.do, asked))
+    summary = run_job(job(mixed, out), Silent(), retry_errors=True)
+    assert (summary.images, summary.errors, summary.earlier) == (5, 4, 4)
+    # Nothing else is embedded again.
+    assert sorted(asked) == [
+        "0001_c1s1_000001_00.png", "0001_c1s1_broken.png", "0005_c1s1_blue.png", "0009_c1s1_blue.png",
+    ]  # fmt: skip
+    assert errors(out).keys() == {
+        "0005_c1s1_blue.png", "0006_c1s1_alone.png", "0002_c1s1_twin.png", "gallery:0009_c1s1_blue.png",
+    }  # fmt: skip
+    after = content(out)
+    assert after.keys() - before.keys() == {("0001_c1s1_broken.png", role) for role in ("correct", "wrong")}
+    assert all(after[key] == value for key, value in before.items())
+    gallery = pd.concat(pd.read_parquet(path) for path in (out / "gallery/rows").iterdir())
+    assert sorted(gallery.image_id) == sorted(
+        path.name for path in (mixed / "gallery").iterdir() if "blue" not in path.name
+    )
+    # All bits of the others are still there.
+    for name, parquet in kept.items():
+        was, now = (pd.read_parquet(file).set_index("image_id") for file in (BytesIO(parquet), out / name))
+        assert all(np.array_equal(now.embedding[key], value) for key, value in was.embedding.items())
+
+
+def test_a_gallery_alone_is_tried_again(mixed: Path, tmp_path: Path) -> None:
+    """All queries are done, also in a job that finds the gallery there."""
+    store = str(tmp_path / "store")
+    for name in ("0001_c1s1_broken", "0005_c1s1_blue", "0006_c1s1_alone", "0002_c1s1_twin"):
+        (mixed / f"query/{name}.png").unlink()
+    one, other = (job(mixed, tmp_path / name, reid={"gallery_store": store}) for name in ("a", "b"))
+    assert run(one).errors == 2
+    save(mixed / "gallery/0001_c1s1_000001_00.png", person(1, 20))
+    assert run_job(other, Silent(), retry_errors=True).errors == 1
+    summary = run_job(one, Silent(), retry_errors=True)
+    assert (summary.images, summary.errors, summary.masks) == (4, 1, 0)
+    assert errors(tmp_path / "a").keys() == {"gallery:0009_c1s1_blue.png"}
+
+
+def test_a_stop_while_errors_are_tried_again_loses_no_image(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(job(mixed, out))
+    save(mixed / "gallery/0001_c1s1_000001_00.png", person(1, 20))
+    with monkeypatch.context() as patch:
+        patch.setattr(GalleryStore, "_write_errors", stopping_in_gallery)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job(mixed, out), Silent(), retry_errors=True)
+    rows = [pd.read_parquet(path) for path in (out / "gallery/rows").iterdir()]
+    assert "0001_c1s1_000001_00.png" in set(pd.concat(rows).image_id)  # it has a row and an error now
+    assert run_job(job(mixed, out), Silent(), retry_errors=True).errors == 5
+    gallery = pd.concat(pd.read_parquet(path) for path in (out / "gallery/rows").iterdir())
+    assert gallery.image_id.is_unique
+    assert "0001_c1s1_000001_00.png" in set(gallery.image_id)
+
+
+def recording(do: Callable[[Worker, Call], Reply], asked: list[str]) -> Callable[[Worker, Call], Reply]:
+    """`Worker.do` that writes down which images are embedded."""
+
+    def done(worker: Worker, call: Call) -> Reply:
+        for task in call.tasks:
+            if isinstance(task, EmbedTask):
+                asked.extend(ref.image_id for ref in task.refs)
+        return do(worker, call)
+
+    return done
+
+
+def stopping_in_gallery(store: GalleryStore, *_: Any) -> None:
+    if store.location.endswith("gallery"):
+        raise KeyboardInterrupt
 
 
 # Reading.
