@@ -34,6 +34,11 @@ class Bookkeeping(Protocol):
         """Recent pace; 0 before anything came back."""
         ...
 
+    @property
+    def embedded(self) -> int:
+        """Images of queries and gallery that this run has embedded, or found that they cannot be."""
+        ...
+
     def successor(self) -> Bookkeeping | None:
         """What the same actors do when this is finished; None where that is all."""
         ...

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcrise_ray.arguments import one_line_errors
-from mcrise_ray.cli_options import Insecure, Log
+from mcrise_ray.cli_options import Insecure, Log, RetryErrors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,6 +105,7 @@ def submit(
     log: Log = "plain",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print what it prints, to its end.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Even if it has succeeded before.")] = False,
+    retry_errors: RetryErrors = False,
     insecure: Insecure = False,
 ) -> None:
     """Run a job on a cluster. Submitted twice it is one job; one that was stopped or failed is taken up."""
@@ -125,6 +126,7 @@ def submit(
             entrypoint_resources=_amounts("--entrypoint-resource", entrypoint_resource),
             log=log_format(log),
             again=again,
+            retry_errors=retry_errors,
             insecure=insecure,
         )
         before = "" if submitted.is_new else f", submitted before: {submitted.status().state}"
@@ -223,6 +225,8 @@ def _status_lines(status: JobStatus) -> Iterator[str]:
         return
     total = "" if progress.images_total is None else f" of {progress.images_total:,}"
     yield f"images     {progress.images_done:,}{total}, {progress.errors:,} errors"
+    if progress.embedded:
+        yield f"embedded   {progress.embedded:,} of queries and gallery"
     yield f"masks      {progress.masks_done:,}, {progress.masks_per_second:,.0f} masks/s"
     if not status.has_ended:
         yield f"actors     {progress.actors:,}"

@@ -115,6 +115,11 @@ class Ledger:
         """Recent pace; 0 before anything came back."""
         return self._seconds_per_mask * self._unit_masks
 
+    @property
+    def embedded(self) -> int:
+        """None: what is embedded has a ledger of its own."""
+        return 0
+
     def successor(self) -> None:
         """Explaining is the end of a job."""
 

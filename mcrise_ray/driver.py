@@ -1,10 +1,11 @@
 """A job on the cluster that this process is part of: what a submission and the scripts in `jobs/` start.
 
-`python -m mcrise_ray.driver` runs the job of the environment variable `MCRISE_JOB`.
+`python -m mcrise_ray.driver [--retry-errors]` runs the job of the environment variable `MCRISE_JOB`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -32,11 +33,12 @@ from mcrise_ray.progress import (
 from mcrise_ray.submission import JOB_VARIABLE
 
 
-def run_here(file: str | None = None) -> int:
+def run_here(file: str | None = None, *, retry_errors: bool = False) -> int:
     """Run a job on the cluster of this process, or on this machine where there is none.
 
     Args:
         file: a job file; by default the job of the environment variable `MCRISE_JOB`.
+        retry_errors: try images again that have an error row by an earlier run.
 
     Returns:
         The exit code: 0 where every image has ended in `maps/` or `errors/`, 2 for an error, 130 where it was
@@ -49,10 +51,10 @@ def run_here(file: str | None = None) -> int:
         ConsoleReporter(console).tell("error", f"error: {error}", "error")
         return 2
     with reporter:
-        return _run(file, reporter)
+        return _run(file, reporter, retry_errors)
 
 
-def _run(file: str | None, reporter: ConsoleReporter | JsonReporter) -> int:
+def _run(file: str | None, reporter: ConsoleReporter | JsonReporter, retry_errors: bool) -> int:
     try:
         job = load_job(file) if file is not None else _job_of_environment()
         address = os.environ.get("RAY_ADDRESS")
@@ -62,7 +64,8 @@ def _run(file: str | None, reporter: ConsoleReporter | JsonReporter) -> int:
         # A job is stopped with this signal, which would otherwise end it in the middle of a write. Ray sets a
         # handler of its own when it connects.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        summary = run_job(job, _metered(reporter) if address else reporter)
+        told = _metered(reporter) if address else reporter
+        summary = run_job(job, told, retry_errors=retry_errors)
         reporter.note(
             f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
             f"{summary.masks} masks in {summary.seconds:.1f} s"
@@ -164,4 +167,6 @@ def _job_of_environment() -> JobSpec:
 
 
 if __name__ == "__main__":
-    sys.exit(run_here())
+    parser = argparse.ArgumentParser("python -m mcrise_ray.driver", description=__doc__)
+    parser.add_argument("--retry-errors", action="store_true", help="try images with errors again")
+    sys.exit(run_here(retry_errors=parser.parse_args().retry_errors))

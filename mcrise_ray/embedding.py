@@ -47,6 +47,7 @@ class EmbeddingLedger:
 
     Attributes:
         batch_size: images per call of the model, of new calls.
+        embedded: images, by this run; those that could not be are among them.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class EmbeddingLedger:
         self._writer = ThreadPoolExecutor(1, "gallery")
         self._backlog: deque[Future[None]] = deque()
         self._seconds = 0.0  # of the last chunk
-        self._images = self._errors = 0
+        self.embedded = self._errors = 0
         self._began = self._told = time.monotonic()
 
     @property
@@ -90,7 +91,7 @@ class EmbeddingLedger:
             while self._backlog:
                 self._backlog.popleft().result()
             self._writer.shutdown()
-            if self._images:
+            if self.embedded:
                 self._note(self._state())
             self._successor = self._then(self.batch_size)
         return self._successor
@@ -152,7 +153,7 @@ class EmbeddingLedger:
             return
         there.parts[task.place] = found
         there.images += len(task.refs)
-        self._images += len(task.refs)
+        self.embedded += len(task.refs)
         self._errors += len(found.errors)
         if there.images == len(there.chunk.refs):
             del self._open[task.chunk]
@@ -175,6 +176,6 @@ class EmbeddingLedger:
             self._take(task, Embedded([], [error], 0.0))
 
     def _state(self) -> str:
-        rate = self._images / max(time.monotonic() - self._began, 1e-9)
+        rate = self.embedded / max(time.monotonic() - self._began, 1e-9)
         errors = f", {self._errors} errors" if self._errors else ""
-        return f"embedded {self._images:,} images of queries and gallery ({rate:,.0f} images/s{errors})"
+        return f"embedded {self.embedded:,} images of queries and gallery ({rate:,.0f} images/s{errors})"

@@ -30,6 +30,7 @@ class Progress:
         relative_error: of the images of late, median, of each its worst map's.
         actors: that hold the model.
         retries: calls handed out again by this run.
+        embedded: images of queries and gallery, by this run of a ReID job; none is explained before the last.
     """
 
     state: str
@@ -43,6 +44,7 @@ class Progress:
     relative_error: float | None = None
     actors: int = 0
     retries: int = 0
+    embedded: int = 0
 
 
 _PROGRESS = TypeAdapter(Progress)

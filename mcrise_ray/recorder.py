@@ -244,6 +244,7 @@ class Recorder:
                 "relative_error": float(np.median(errors)) if (errors := self._relative_errors) else None,
                 "actors": self._actors,
                 "retries": self._retries,
+                "embedded": self._ledger.embedded,
                 "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             },
         )

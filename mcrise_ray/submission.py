@@ -160,6 +160,7 @@ def submit_job(
     entrypoint_resources: Mapping[str, float] | None = None,
     log: LogFormat = "plain",
     again: bool = False,
+    retry_errors: bool = False,
     insecure: bool = False,
 ) -> SubmittedJob:
     """Run a job on a cluster; submitted twice it is one job.
@@ -181,6 +182,7 @@ def submit_job(
         entrypoint_resources: the same, of other resources.
         log: `json` has the job print one JSON object per line.
         again: run a job that has succeeded once more.
+        retry_errors: try images again that have an error row, which means `again`.
         insecure: send it to another machine without a token, or with one in the clear.
 
     Raises:
@@ -207,7 +209,7 @@ def submit_job(
         if attempts:
             number, details = attempts[-1]
             state = str(details.status.value)
-            if state not in ENDED or (state == "SUCCEEDED" and not again):
+            if state not in ENDED or (state == "SUCCEEDED" and not (again or retry_errors)):
                 return SubmittedJob(client, url, details.submission_id, spec.output)
         name = base if not attempts else f"{base}-{number + 1}"
         given = {
@@ -219,7 +221,7 @@ def submit_job(
         _start(
             client,
             base,
-            entrypoint=_ENTRYPOINT,
+            entrypoint=_ENTRYPOINT + " --retry-errors" * retry_errors,
             submission_id=name,
             runtime_env={"env_vars": variables, **{k: v for k, v in given.items() if v}},
             metadata={**(metadata or {}), _OUTPUT: spec.output, _JOB: base},

@@ -165,6 +165,25 @@ def test_a_submitted_job_comes_from_the_environment(
     assert capsys.readouterr().out.count("error: expected a job in the environment variable MCRISE_JOB") == 2
 
 
+def test_the_driver_tries_errors_again(file: Path) -> None:
+    image = file.parent / "again" / "late.png"
+    image.parent.mkdir()
+    image.write_bytes(b"no image yet")
+    values = load_job(file).model_dump(mode="json") | {"images": [str(image)], "actors": 0}
+
+    def errors_after(*arguments: str) -> int:
+        command = [sys.executable, "-m", "mcrise_ray.driver", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        environment[JOB_VARIABLE] = json.dumps(values)
+        subprocess.run(command, check=True, env=environment, timeout=120)
+        return len(mr.read_results(values["output"]).errors)
+
+    assert errors_after() == 1
+    Image.new("RGB", (30, 30)).save(image)
+    assert errors_after() == 1
+    assert errors_after("--retry-errors") == 0
+
+
 def test_a_stop_ends_with_a_word_on_how_to_go_on(
     here: None, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

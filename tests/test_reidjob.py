@@ -30,6 +30,7 @@ from mcrise_ray.errors import ImageError, SpecError, StoreError
 from mcrise_ray.faults import Fault, FaultKind
 from mcrise_ray.gallery import GalleryStore
 from mcrise_ray.jobs import Summary, draw_figures, run_job
+from mcrise_ray.progressfile import read_progress
 from mcrise_ray.store import MatchRow
 from mcrise_ray.tasks import Call, EmbedTask, Reply
 from mcrise_ray.worker import InProcess, Worker
@@ -307,6 +308,25 @@ def test_overwriting_spares_images_whose_folder_has_the_name_of_embeddings(
     for _ in range(2):
         assert run_job(spec, Silent(), overwrite=True).rows == 8
         assert [*tmp_path.rglob("*.png")] == images
+
+
+def test_progress_tells_how_many_are_embedded(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    tick = recorder.Recorder.tick
+
+    def watched(self: recorder.Recorder) -> None:
+        tick(self)
+        if (progress := read_progress(str(tmp_path / "out"))) is not None:
+            seen.append((progress.embedded, progress.masks_done))
+
+    monkeypatch.setattr(recorder.Recorder, "tick", watched)
+    run(job(mixed, tmp_path / "out"))
+    everything = len([*mixed.rglob("*.png")])
+    assert seen == sorted(seen)
+    assert any(0 < embedded < everything for embedded, _ in seen)
+    assert {embedded for embedded, masks in seen if masks} == {everything}
 
 
 # Faults.

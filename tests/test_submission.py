@@ -273,10 +273,11 @@ def test_status_shows_progress(cluster: Cluster, folder: Path, tmp_path: Path) -
     (tmp_path / "out" / "progress.json").write_text(
         '{"state": "running", "images_done": 3, "images_total": 10, "errors": 1, "masks_done": 1900, '
         '"masks_per_second": 30.5, "seconds_left": 75, "relative_error": 0.25, '
-        '"updated": "2026-11-23T16:00"}'
+        '"embedded": 4096, "updated": "2026-11-23T16:00"}'
     )
     shown = mcrise("status", submitted.id, "--address", cluster.url).stdout
     assert "images     3 of 10, 1 errors" in shown
+    assert "embedded   4,096 of queries and gallery" in shown
     assert "masks      1,900, 30 masks/s" in shown
     assert "error      0.250 of a map is noise" in shown
     submitted.stop()
@@ -374,6 +375,20 @@ def test_which_submissions_are_one_job(
     found = [submit_job(spec, again=again).id for _ in names]
     assert found == [submission_id(spec) + name for name in names]
     assert len(server.jobs) == len(set(names))
+
+
+def test_trying_errors_again_is_asked_of_the_driver(server: FakeServer, tmp_path: Path) -> None:
+    server.ends = "SUCCEEDED"
+    spec = job(tmp_path, tmp_path / "out")
+    assert [submit_job(spec, retry_errors=retry).id for retry in (False, False, True)] == [
+        submission_id(spec),
+        submission_id(spec),
+        f"{submission_id(spec)}-2",
+    ]
+    assert [request["entrypoint"] for request in server.requests] == [
+        "python -m mcrise_ray.driver",
+        "python -m mcrise_ray.driver --retry-errors",
+    ]
 
 
 def test_two_who_submit_at_once_share_the_job(server: FakeServer, tmp_path: Path) -> None:
