@@ -32,7 +32,7 @@ from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import expectation
 
 _STRETCHES = 4, 2  # of rows and columns: half the products, and each of them is large enough to be quick
-_SMALL = 1e-9  # scores of which the squares of a thousandth are still numbers of float32
+_SMALL, _LARGE = 1e-9, 1e9  # of scores between them float32 holds the squares, and those of a thousandth
 _TINY = 1e-30  # the least unit of scores: float32 holds it and its inverse
 _MOST_SQUARES = 4096  # sums of squares per target: with more, they would cost more than the masks
 
@@ -272,9 +272,9 @@ def _weights_at_points(
 
 def _unit(sizes: Float64[np.ndarray, " L"]) -> Float64[np.ndarray, " L"] | None:
     """In which squares of numbers of such sizes are taken in float32; None where that is 1 for all. Of scores
-    near 1e-20, float32 would take the squares for 0.
+    near 1e-20, float32 would take the squares for 0, of those near 1e20 for infinite.
     """
-    if ((sizes > _SMALL) | (sizes == 0)).all():
+    if (((sizes > _SMALL) & (sizes < _LARGE)) | (sizes == 0)).all():
         return None
     unit: np.ndarray = np.maximum(sizes, _TINY)
     return unit

@@ -194,7 +194,7 @@ def test_errors_of_scores_of_any_size_are_found(dtype: torch.dtype, rng: np.rand
         return sums.partial(100).finalize(spec, dtype)
 
     usual = found(1)
-    for unit in (1e-28, 1e12):
+    for unit in (1e-28, 1e12, 1e28):
         other = found(unit)
         np.testing.assert_allclose(other.standard_error, unit * usual.standard_error, rtol=1e-4)
         np.testing.assert_allclose(other.relative_error, usual.relative_error, rtol=1e-4)
