@@ -51,10 +51,19 @@ class Ratio:
 
 
 def alternate(name: str, first: Run, second: Run, repeats: int, remark: str = "") -> Ratio:
-    """A and B in turn, after a first run of each that does not count."""
+    """A and B in turn, after a first run of each that does not count: A B, B A, A B and so on, so that a
+    machine that grows slower, or whatever one leaves behind for the other, favours neither.
+    """
     first()
     second()
-    return Ratio.of(name, [(_seconds(first), _seconds(second)) for _ in range(repeats)], remark)
+    times = []
+    for place in range(repeats):
+        if place % 2:
+            b, a = _seconds(second), _seconds(first)
+        else:
+            a, b = _seconds(first), _seconds(second)
+        times.append((a, b))
+    return Ratio.of(name, times, remark)
 
 
 def speed_ratio(base: Run, trial: Run, repeats: int) -> float:

@@ -440,6 +440,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
+def test_a_machine_that_grows_slower_favours_neither(clock: list[float]) -> None:
+    price = 1.0
+
+    def run() -> None:
+        nonlocal price
+        clock[0] += price
+        price *= 1.02
+
+    found = timing.alternate("itself", run, run, 4)
+    assert found.ratio == pytest.approx(1, abs=1e-3)
+    assert (found.low, found.high) == pytest.approx((1 / 1.02, 1.02))
+
+
 def priced(seconds: dict[int, float], clock: list[float], asked: list[int]):
     def ask(size: int) -> None:
         asked.append(size)
