@@ -34,7 +34,7 @@ from mcrise_ray.precision import Execution
 from mcrise_ray.progress import Quiet
 from mcrise_ray.scores import launch
 from mcrise_ray.spec import ExplainSpec, StrictModel
-from mcrise_ray.timing import Ratio, alternate
+from mcrise_ray.timing import Ratio, alternate, in_turn
 from mcrise_ray.tuning import BatchSizeChoice, PrecisionChoice, settle
 
 Part = Literal["overhead", "fills", "targets", "rise", "xaitk", "actors"]
@@ -304,7 +304,8 @@ def actors(case: Case) -> Iterator[Ratio]:
         for n in range(case.bench.images):
             noise = generator.integers(0, 256, case.image.shape, dtype=np.uint8)
             Image.fromarray(noise).save(Path(folder) / f"{n}.png")
-        times = [(_job_seconds(case, folder, 1), _job_seconds(case, folder, 2)) for _ in range(case.repeats)]
+        one, two = (partial(_job_seconds, case, folder, count) for count in (1, 2))
+        times = in_turn(one, two, case.repeats)
     yield Ratio.of("1 actor / 2 actors", times)
 
 

@@ -226,7 +226,7 @@ def _status_lines(status: JobStatus) -> Iterator[str]:
     total = "" if progress.images_total is None else f" of {progress.images_total:,}"
     yield f"images     {progress.images_done:,}{total}, {progress.errors:,} errors"
     if progress.embedded:
-        yield f"embedded   {progress.embedded:,} of queries and gallery"
+        yield f"embedded   {progress.embedded:,} of queries and gallery, by this run"
     yield f"masks      {progress.masks_done:,}, {progress.masks_per_second:,.0f} masks/s"
     if not status.has_ended:
         yield f"actors     {progress.actors:,}"
@@ -296,7 +296,9 @@ def _probe_lines(job: JobSpec, plan: Plan) -> Iterator[str]:
 
     probe = forecast.probe_job(job, masks=plan.masks if plan.complete else None)
     batch_size = probe.execution.batch_size
-    yield _calls_line(job, plan, forecast.calls(job, plan.images, batch_size, plan.gallery), batch_size)
+    yield _calls_line(
+        job, plan, forecast.calls(job, plan.images - plan.useless, batch_size, plan.gallery), batch_size
+    )
     size = f"{probe.size[0]} x {probe.size[1]}"
     yield (
         f"bytes        at most {_bytes(forecast.output_bytes(job, plan, probe))} before compression, maps of "

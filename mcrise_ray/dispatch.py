@@ -37,6 +37,7 @@ from mcrise_ray.tasks import (
     Inspection,
     InspectTask,
     Outcome,
+    Query,
     Saved,
     Task,
     WorkTask,
@@ -244,7 +245,8 @@ class Ledger:
             return None
         self._next[worker] = image
         saved = self._saved(image.image_id)
-        if saved is None:
+        # Of a gallery that has grown or was mended meanwhile, other images may be the matches.
+        if saved is None or (isinstance(image, Query) and not image.has(saved.inspection.targets)):
             self._inspecting[image] = worker
             self._inspectors.add(worker)
             return InspectTask(image)

@@ -1,7 +1,8 @@
 """From images as they are listed to rows of a gallery: which are embedded together, and how.
 
 The last bits of an embedding may depend on its batch. So images are embedded in chunks, which are a function
-of the listing alone, and each chunk is embedded, committed and repeated as a whole.
+of the listing alone, and each chunk is embedded, committed and repeated as a whole; only images that could
+not be embedded may be tried again by themselves.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class EmbeddingLedger:
         self._writer = ThreadPoolExecutor(1, "gallery")
         self._backlog: deque[Future[None]] = deque()
         self._seconds = 0.0  # of the last chunk
-        self.embedded = self._errors = 0
+        self.embedded = self._errors = self._begun = 0
         self._began = self._told = time.monotonic()
 
     @property
@@ -104,8 +104,10 @@ class EmbeddingLedger:
         if chunk is None or commit is None:
             self._listed_all = True
             return None
-        self._open[chunk.name] = _Open(chunk, commit)
-        return Call((EmbedTask(chunk.name, 0, chunk.refs),), self.batch_size)
+        self._begun += 1  # tells chunks of one name apart: queries may be the gallery
+        name = f"{self._begun}:{chunk.name}"
+        self._open[name] = _Open(chunk, commit)
+        return Call((EmbedTask(name, 0, chunk.refs),), self.batch_size)
 
     def returned(self, call: Call, outcomes: Iterable[Outcome]) -> list[Ended]:
         """See `Bookkeeping`; no image of a gallery ends a job's image."""

@@ -31,7 +31,7 @@ class Plan:
     """What a job will do, counted without a model.
 
     Attributes:
-        images: listed; those with a problem will have an error row.
+        images: listed.
         complete: whether the listing came to its end.
         units: pieces of work that are handed out, retried and committed; at most, as all that follows,
             where the job asks for a relative error.
@@ -40,7 +40,8 @@ class Plan:
             embed as well.
         rows: of `maps/` at most: targets of an image that coincide share a row.
         gallery: images of the gallery of a ReID job.
-        useless: images that will have an error row, by what their listing tells: more may not be readable.
+        useless: images that cannot be explained, as their listing tells: with a problem, or without the
+            label or the targets of their own that are asked for. Nothing else here counts them.
     """
 
     images: int
@@ -89,8 +90,10 @@ def plan_job(job: JobSpec, *, seconds: float = 20.0) -> Plan:
     count, targets, useless, complete = 0, 0, 0, True
     for image in source:
         count += 1
-        useless += _is_useless(job, image)
-        targets += _targets(job, len(image.targets))
+        if _is_useless(job, image):
+            useless += 1
+        else:
+            targets += _targets(job, len(image.targets))
         if time.monotonic() > until:
             complete = False
             break
@@ -98,19 +101,20 @@ def plan_job(job: JobSpec, *, seconds: float = 20.0) -> Plan:
         raise ImageError(f"expected images, found none in {', '.join(map(shown, source.sources))}")
     gallery = 0
     if job.reid is not None:
-        targets = _matches(job.reid, count)
+        targets = _matches(job.reid, count - useless)
         for _ in ImageSource(job.reid.gallery):
             gallery += 1
             if time.monotonic() > until:
                 complete = False
                 break
     size = DEFAULT_BATCH_SIZE if job.batch_size == "auto" else job.batch_size
+    useful = count - useless
     return Plan(
         images=count,
         complete=complete,
-        units=count * unit_count(job.explain),
-        masks=count * job.explain.masks,
-        model_calls=calls(job, count, size, gallery),
+        units=useful * unit_count(job.explain),
+        masks=useful * job.explain.masks,
+        model_calls=calls(job, useful, size, gallery),
         rows=targets,
         gallery=gallery,
         useless=useless,

@@ -1,8 +1,9 @@
 """A gallery of embeddings in Parquet: made once, resumed where it was left, and used again by other jobs.
 
 GALLERY/gallery.json       which model embeds it
-GALLERY/rows/*.parquet     one file per chunk, one row per image: image_id, uri, pid, camid, embedding
-GALLERY/errors/*.parquet   one row per image of the chunk that cannot be embedded
+GALLERY/rows/*.parquet     one file per chunk, one row per image: image_id, uri, pid, camid, embedding; and
+                           CHUNK+*.parquet of what could not be embedded at first, and was later
+GALLERY/errors/*.parquet   one row per image of the chunk that could not be embedded
 
 Axes: N gallery images; D dimensions of an embedding.
 """
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from hashlib import blake2b
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,7 @@ from mcrise_ray.models import ModelFacts
 from mcrise_ray.store import ERROR_SCHEMA, ErrorRow
 
 _KEYS = ("image_id", "uri", "pid", "camid")
+_MENDED = "+"  # between the name of a chunk and the rest of that of a file with images of it that were mended
 _ROWS_READ = 16384  # embeddings in memory at a time, beside those that are kept
 _SAME_MODEL = 1e-2  # of a probe's norm: what devices and precisions differ by, and far less than two models
 
@@ -122,11 +126,7 @@ class GalleryStore:
 
     def present(self) -> frozenset[str]:
         """Names of the chunks that are committed."""
-        return frozenset(map(_chunk_of, self._files("rows")))
-
-    def failed(self) -> frozenset[str]:
-        """Names of those with images that could not be embedded, committed or not."""
-        return frozenset(map(_chunk_of, self._files("errors")))
+        return frozenset(self._rows())
 
     def write(self, chunk: str, rows: Sequence[GalleryRow], errors: Sequence[ErrorRow] = ()) -> None:
         """Commit what became of a chunk's images; the same chunk again replaces itself."""
@@ -134,24 +134,29 @@ class GalleryStore:
             self._write_errors(chunk, errors)
         self._write_rows(chunk, rows)  # last: it is what says that the chunk is done
 
-    def mend(self, chunk: str, rows: Sequence[GalleryRow], errors: Sequence[ErrorRow] = ()) -> None:
-        """Commit what became of the images of a committed chunk that could not be embedded before."""
-        path, mended = f"{self._root}/rows/{chunk}.parquet", {row.image_id for row in rows}
-        known = [
-            GalleryRow(**row | {"embedding": np.array(row["embedding"], np.float32)})
-            for batch in self._batches([path], [*_KEYS, "embedding"])
-            for row in batch.to_pylist()
-            if row["image_id"] not in mended
-        ]
-        # Errors last: an image with a row and an error is tried once more, one with neither would be lost.
-        self._write_rows(chunk, [*known, *rows])
-        self._write_errors(chunk, errors)
+    def mend(self, chunk: str, rows: Sequence[GalleryRow], errors: Sequence[ErrorRow]) -> None:
+        """Commit what became of images of a committed chunk that could not be embedded before.
+
+        Several jobs may do so at a time while others read: files with rows never change, so what is mended
+        has one of its own, and an error counts only where there is no row.
+        """
+        if rows:
+            which = blake2b("\0".join(row.image_id for row in rows).encode(errors="surrogateescape"))
+            self._write_rows(f"{chunk}{_MENDED}{which.hexdigest()[:24]}", rows)
+        if errors:
+            new = {error.image_id: error for error in errors}
+            known = self._read_errors(chunk)
+            self._write_errors(chunk, [new.get(error.image_id, error) for error in known])
+
+    def _read_errors(self, chunk: str) -> list[ErrorRow]:
+        batches = self._batches([f"{self._root}/errors/{chunk}.parquet"], ERROR_SCHEMA.names)
+        return [ErrorRow(**row) for batch in batches for row in batch.to_pylist()]
 
     def _write_errors(self, chunk: str, errors: Sequence[ErrorRow]) -> None:
         table = pa.Table.from_pylist([asdict(error) for error in errors], schema=ERROR_SCHEMA)
         self._write_table(f"errors/{chunk}.parquet", table)
 
-    def _write_rows(self, chunk: str, rows: Sequence[GalleryRow]) -> None:
+    def _write_rows(self, name: str, rows: Sequence[GalleryRow]) -> None:
         embeddings = np.concatenate([np.empty(0, np.float32), *(row.embedding for row in rows)])
         table = pa.table(
             {
@@ -165,19 +170,25 @@ class GalleryStore:
                 ),
             }
         )
-        self._write_table(f"rows/{chunk}.parquet", table)
+        self._write_table(f"rows/{name}.parquet", table)
 
     def errors(self, chunks: Iterable[str]) -> Iterator[ErrorRow]:
         """The images of some chunks that could not be embedded, chunk by chunk."""
-        there = self.failed()
-        for chunk in chunks:
-            if chunk in there:
-                yield from self.errors_of(chunk)
+        of_chunk = self.errors_by_chunk()
+        return chain.from_iterable(map(of_chunk, chunks))
 
-    def errors_of(self, chunk: str) -> Iterator[ErrorRow]:
-        """Those of a chunk that has any."""
-        for batch in self._batches([f"{self._root}/errors/{chunk}.parquet"], ERROR_SCHEMA.names):
-            yield from (ErrorRow(**row) for row in batch.to_pylist())
+    def errors_by_chunk(self) -> Callable[[str], list[ErrorRow]]:
+        """What tells those of any chunk; the folders are listed once, now."""
+        failed, rows = frozenset(map(_name_of, self._files("errors"))), self._rows()
+
+        def of_chunk(chunk: str) -> list[ErrorRow]:
+            if chunk not in failed:
+                return []
+            there = self._batches(rows.get(chunk, ()), ["image_id"])
+            embedded = {name for batch in there for name in batch.column("image_id").to_pylist()}
+            return [error for error in self._read_errors(chunk) if error.image_id not in embedded]
+
+        return of_chunk
 
     def load(self, chunks: Collection[str], memory_map: str | None = None) -> Gallery:
         """The images of some chunks, ordered by `image_id` whatever the order in which they were written.
@@ -190,11 +201,16 @@ class GalleryStore:
         Raises:
             StoreError: it cannot be read.
         """
-        paths = [f"{self._root}/rows/{chunk}.parquet" for chunk in chunks]
+        there = self._rows()
+        paths = [
+            path for chunk in chunks for path in there.get(chunk, [f"{self._root}/rows/{chunk}.parquet"])
+        ]
         schema = pa.schema([*((n, pa.string()) for n in _KEYS[:2]), *((n, pa.int64()) for n in _KEYS[2:])])
         keys = pa.Table.from_batches(self._batches(paths, list(_KEYS)), schema)
         order = pa.compute.sort_indices(keys, [(name, "ascending") for name in _KEYS]).to_numpy()
-        keys = keys.take(pa.array(order))
+        # An image that two jobs have mended at a time is there twice.
+        order = order[_first_of_each(keys.column("image_id").take(pa.array(order)))]
+        rows, keys = len(keys), keys.take(pa.array(order))
         identities = Identities(*(keys.column(n).fill_null(UNKNOWN).to_numpy() for n in ("pid", "camid")))
         names = (keys.column(name).combine_chunks() for name in ("image_id", "uri"))
         shape = (len(keys), self._dimensions())
@@ -205,14 +221,22 @@ class GalleryStore:
                 embeddings = np.lib.format.open_memmap(memory_map, "w+", np.float32, shape)
         except OSError as error:
             raise StoreError(f"cannot write embeddings to {memory_map}: {error}; set TMPDIR") from error
-        places = np.empty(len(keys), np.int64)
+        places = np.full(rows, -1)
         places[order] = np.arange(len(keys))
         row = 0
         for batch in self._batches(paths, ["embedding"]):
             block = batch.column("embedding").flatten().to_numpy().reshape(len(batch), -1)
-            embeddings[places[row : row + len(batch)]] = block
+            into = places[row : row + len(batch)]
+            embeddings[into[into >= 0]] = block[into >= 0]
             row += len(batch)
         return Gallery(embeddings, identities, *names)
+
+    def _rows(self) -> dict[str, list[str]]:
+        """The files with rows of each chunk, those of what was mended later last."""
+        found: dict[str, list[str]] = {}
+        for path in sorted(self._files("rows"), key=_name_of):
+            found.setdefault(_name_of(path).partition(_MENDED)[0], []).append(path)
+        return found
 
     def _dimensions(self) -> int:
         stored = self._read_json()
@@ -262,8 +286,17 @@ class GalleryStore:
             ) from error
 
 
-def _chunk_of(path: str) -> str:
+def _name_of(path: str) -> str:
     return path.rpartition("/")[2].removesuffix(".parquet")
+
+
+def _first_of_each(names: pa.ChunkedArray) -> Int64[np.ndarray, " n"]:
+    """Places of the names, which are in order, that differ from the one before."""
+    if len(names) == 0:
+        return np.empty(0, np.int64)
+    same = pa.compute.equal(names[1:], names[:-1]).to_numpy()
+    found: np.ndarray = np.flatnonzero(np.append(True, ~same.astype(bool)))
+    return found
 
 
 def _places(names: Sequence[str], among: pa.Array) -> Int64[np.ndarray, " n"]:

@@ -270,7 +270,10 @@ def _csv_reader(file: Any) -> Any:
 
 
 def _csv_columns(reader: Any) -> list[int | None]:
-    header = [name.strip().lower() for name in next(reader, [])]
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+    except (csv.Error, OSError) as error:
+        raise ImageError(f"cannot read its first line: {error}") from error
     if "uri" not in header:
         expected = "".join(f"[,{name}]" for name in _COLUMNS[1:])
         raise ImageError(f"expected a first line with the columns uri{expected}, found {header}")
@@ -354,21 +357,23 @@ def _manifest_targets(value: Any) -> tuple[int | str, ...]:
 
 
 def _columns(source: str) -> Collection[str]:
-    """What a source after expansion may tell of its images; nothing where it cannot be read."""
-    try:
-        match _kind(source):
-            case "csv":
-                with files.open_seekable(source) as file:
-                    found = _csv_columns(_csv_reader(file))
-                return [name for name, place in zip(_COLUMNS, found, strict=True) if place is not None]
-            case "parquet":
-                names = shards.open_parquet(source).schema_arrow.names
-                return [name for name in names if "uri" in names or name == "label"]
-            case "imagefolder" | "tar" | "torchvision":
-                return ["label"]
-    except ImageError:  # its listing tells why
+    """What a source after expansion may tell of its images: by its name, but for manifests, whose columns are
+    looked at. All there can be where that fails: its listing tells why.
+    """
+    suffix = os.path.splitext(files.base_name(source).lower())[1]
+    if source.startswith((IMAGE_FOLDER, shards.TORCHVISION)) or suffix == ".tar":
+        return ["label"]
+    if suffix not in {".csv", ".parquet"} or shards.is_inside(source):
         return []
-    return []
+    try:
+        if suffix == ".csv":
+            with files.open_seekable(source) as file:
+                found = _csv_columns(_csv_reader(file))
+            return [name for name, place in zip(_COLUMNS, found, strict=True) if place is not None]
+        names = shards.open_parquet(source).schema_arrow.names
+        return [name for name in names if "uri" in names or name == "label"]
+    except ImageError:
+        return _COLUMNS
 
 
 def _class_names(source: str) -> tuple[str, ...]:

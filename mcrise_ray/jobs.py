@@ -84,7 +84,8 @@ def run_job(
         job: what to do.
         reporter: is told about progress.
         overwrite: replace results that are there; they stay if this job cannot even start.
-        retry_errors: try again what has an error row by an earlier run.
+        retry_errors: try again what has an error row by an earlier run; a job that is stopped meanwhile goes
+            on so.
         address: of a Ray cluster; `auto` is one that runs on this machine. None starts one of our own.
 
     Raises:
@@ -98,6 +99,7 @@ def run_job(
     lease = Lease(store)
     try:
         committed = Committed.nothing() if overwrite else _committed(job, store)
+        retry_errors = retry_errors or (not overwrite and _was_trying_again(store))
         trying_again = retry_errors and bool(committed.failed)
         if trying_again:
             reporter.note(f"trying {len(committed.failed)} images with errors again")
@@ -213,6 +215,11 @@ def _committed(job: JobSpec, store: Store) -> Committed:
 
 def _is_done(store: Store) -> bool:
     return (store.read_json("job.json") or {}).get("state") == "done"
+
+
+def _was_trying_again(store: Store) -> bool:
+    """Whether a job that was stopped had been asked to, which it has not finished then."""
+    return bool((store.read_json("job.json") or {}).get("retry_errors"))
 
 
 def _retrieval(store: Store) -> Retrieval | None:

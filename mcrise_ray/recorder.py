@@ -91,6 +91,7 @@ class Recorder:
         self._job, self._store, self._lease, self._checkpoints = job, store, lease, checkpoints
         self._ledger, self._reporter, self._clear, self._on_built = ledger, reporter, clear, on_built
         self._forget_errors = forget_errors
+        self._until_done = {"retry_errors": True} if forget_errors else {}  # a stopped job goes on so
         self._built: Built | None = None
         self._retries = self._actors = 0
         self._relative_errors: deque[float] = deque(maxlen=_OF_LATE)
@@ -118,7 +119,7 @@ class Recorder:
             self._store.clear()
         elif self._forget_errors:
             self._store.forget_errors()
-        self._store.write_job(job_file(self._job, built, "running"))
+        self._store.write_job(job_file(self._job, built, "running", **self._until_done))
         self._on_built(built)
 
     def ended(self, image: Ended) -> None:
@@ -197,7 +198,9 @@ class Recorder:
             self._save(0.0)
         self._write_progress(state)
         if self._built is not None:
-            self._store.write_job(job_file(self._job, self._built, state, counts=asdict(self.counts), **more))
+            kept = {} if state == "done" else self._until_done
+            told = {**kept, "counts": asdict(self.counts), **more}
+            self._store.write_job(job_file(self._job, self._built, state, **told))
         self._reporter.job_ended(state, {**asdict(self.counts), **more})
 
     def _write(self, action: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from jaxtyping import Int64
 
 from mcrise_ray import files
 from mcrise_ray.dispatch import Ledger
-from mcrise_ray.embed import Chunk, chunks, read_pairs
+from mcrise_ray.embed import Chunk, GalleryRow, chunks, read_pairs
 from mcrise_ray.embedding import Commit, EmbeddingLedger
 from mcrise_ray.errors import StoreError, TargetError
 from mcrise_ray.gallery import Gallery, GalleryStore
@@ -31,7 +31,7 @@ from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.matching import Match, correct_ranks, find_matches
 from mcrise_ray.models import ModelFacts
 from mcrise_ray.reidspec import ReidSpec
-from mcrise_ray.store import Committed
+from mcrise_ray.store import Committed, ErrorRow
 from mcrise_ray.tasks import GalleryMatch, Query, Saved
 
 _QUERIES = 256  # that are matched in one pass over the gallery
@@ -46,21 +46,27 @@ class _Side:
 
     source: ImageSource
     store: GalleryStore
-    chunks: dict[str, None]
+    chunks: dict[str, None] = field(default_factory=dict)
+    mended: int = 0  # images that could not be embedded by an earlier run
 
     def missing(self, retry_errors: bool) -> Iterator[tuple[Chunk, Commit]]:
         """List all chunks, and give those that are not committed; of those that are, perhaps the images that
         could not be embedded.
         """
-        present, failed = self.store.present(), self.store.failed() if retry_errors else ()
+        present = self.store.present()
+        errors_of = self.store.errors_by_chunk() if retry_errors else lambda chunk: []
         for chunk in chunks(self.source):
             self.chunks[chunk.name] = None
             if chunk.name not in present:
                 yield chunk, partial(self.store.write, chunk.name)
-            elif chunk.name in failed:
-                names = {error.image_id for error in self.store.errors_of(chunk.name)}
-                if refs := tuple(ref for ref in chunk.refs if ref.image_id in names):
-                    yield replace(chunk, refs=refs), partial(self.store.mend, chunk.name)
+                continue
+            names = {error.image_id for error in errors_of(chunk.name)}
+            if refs := tuple(ref for ref in chunk.refs if ref.image_id in names):
+                yield replace(chunk, refs=refs), partial(self._mend, chunk.name)
+
+    def _mend(self, chunk: str, rows: list[GalleryRow], errors: list[ErrorRow]) -> None:
+        self.store.mend(chunk, rows, errors)
+        self.mended += len(rows)
 
 
 class ReidJob:
@@ -86,8 +92,8 @@ class ReidJob:
         self._note = note
         self._pairs = {} if job.reid.pairs is None else read_pairs(job.reid.pairs)
         place = job.reid.gallery_store or files.join(job.output, "gallery")
-        self._gallery = _Side(ImageSource(job.reid.gallery), GalleryStore(place), {})
-        self._queries = _Side(ImageSource(job.images), GalleryStore(files.join(job.output, "queries")), {})
+        self._gallery = _Side(ImageSource(job.reid.gallery), GalleryStore(place))
+        self._queries = _Side(ImageSource(job.images), GalleryStore(files.join(job.output, "queries")))
         self._cache: TemporaryDirectory[str] | None = None
         self._matcher = ThreadPoolExecutor(1, "matcher")
         self._ranks: list[Int64[np.ndarray, " n"]] = []
@@ -137,6 +143,11 @@ class ReidJob:
             raise StoreError(f"expected gallery images that can be embedded, found none: {self._shown()}")
         if not len(queries):
             return
+        if self._gallery.mended and self._committed.explained:
+            self._note(
+                f"{self._gallery.mended} gallery images that could not be embedded can be matched now; "
+                "queries done before keep the matches that they had"
+            )
         matcher = _Matcher(self._reid, self._committed, self._pairs, queries, gallery)
         starts = range(0, len(queries), _QUERIES)
         # The next block is matched while this one is explained.

@@ -182,7 +182,8 @@ def submit_job(
         entrypoint_resources: the same, of other resources.
         log: `json` has the job print one JSON object per line.
         again: run a job that has succeeded once more.
-        retry_errors: try images again that have an error row, which means `again`.
+        retry_errors: try images again that have an error row, which means `again`; a job that
+            is running goes on as it is.
         insecure: send it to another machine without a token, or with one in the clear.
 
     Raises:

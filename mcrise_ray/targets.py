@@ -110,11 +110,12 @@ def check_source(choice: Sequence[int | str], source: ImageSource) -> None:
     Raises:
         TargetError: no source has them.
     """
+    words = {piece for part in choice if isinstance(part, str) for piece in part.split("+")}
     for word, column, advice in (
         ("truth", "label", "use imagefolder:FOLDER, or give a manifest with that column"),
         ("manifest", "target", "give a manifest with that column"),
     ):
-        if word in choice and not source.may_have(column):
+        if word in words and not source.may_have(column):
             shown = ", ".join(map(files.shown, source.sources))
             raise TargetError(f"expected a {column} for target {word!r}, found none in {shown}; {advice}")
 

@@ -41,6 +41,11 @@ class Query(ImageRef):
 
     matches: tuple[GalleryMatch, ...] = field(default=(), compare=False)
 
+    def has(self, targets: tuple[Target, ...]) -> bool:
+        """Whether these are its matches, in the same order."""
+        mine = [(match.image_id, match.role) for match in self.matches]
+        return mine == [(target.name, target.role) for target in targets]
+
 
 @dataclass(frozen=True)
 class Target:

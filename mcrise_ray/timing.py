@@ -22,7 +22,7 @@ class Ratio:
 
     Attributes:
         name: what is compared.
-        ratio: median of the ratios of neighbouring runs.
+        ratio: of neighbouring runs; the geometric mean of the median where A ran first and that where B did.
         low, high: smallest and largest of them.
         first, second: median seconds of A and of B.
         remark: what else there is to know.
@@ -38,10 +38,12 @@ class Ratio:
 
     @staticmethod
     def of(name: str, times: Sequence[tuple[float, float]], remark: str = "") -> Ratio:
-        """Out of the seconds of A and B in each pair of runs."""
+        """Out of the seconds of A and B in each pair of runs, in every other of which B ran first."""
         ratios = [a / b for a, b in times]
         first, second = (statistics.median(column) for column in zip(*times, strict=True))
-        return Ratio(name, statistics.median(ratios), min(ratios), max(ratios), first, second, remark)
+        orders = [statistics.median(some) for some in (ratios[::2], ratios[1::2]) if some]
+        middle = statistics.geometric_mean(orders)
+        return Ratio(name, middle, min(ratios), max(ratios), first, second, remark)
 
     def __str__(self) -> str:
         return (
@@ -51,19 +53,26 @@ class Ratio:
 
 
 def alternate(name: str, first: Run, second: Run, repeats: int, remark: str = "") -> Ratio:
-    """A and B in turn, after a first run of each that does not count: A B, B A, A B and so on, so that a
-    machine that grows slower, or whatever one leaves behind for the other, favours neither.
-    """
+    """A and B in turn, after a first run of each that does not count."""
     first()
     second()
-    times = []
+    return Ratio.of(name, in_turn(lambda: _seconds(first), lambda: _seconds(second), repeats), remark)
+
+
+def in_turn(
+    first: Callable[[], float], second: Callable[[], float], repeats: int
+) -> list[tuple[float, float]]:
+    """What A and B return, in pairs: A B, B A, A B and so on, so that a machine that grows slower, or what
+    one leaves behind for the other, favours neither.
+    """
+    pairs: list[tuple[float, float]] = []
     for place in range(repeats):
         if place % 2:
-            b, a = _seconds(second), _seconds(first)
+            of_second = second()
+            pairs.append((first(), of_second))
         else:
-            a, b = _seconds(first), _seconds(second)
-        times.append((a, b))
-    return Ratio.of(name, times, remark)
+            pairs.append((first(), second()))
+    return pairs
 
 
 def speed_ratio(base: Run, trial: Run, repeats: int) -> float:

@@ -89,7 +89,9 @@ def test_images_that_their_listing_says_cannot_be_explained_are_counted(folder: 
     (folder / "list.csv").write_text("uri,label\nb.png,1\nc.png,\n,1\n")
     assert plan_job(job(folder / "list.csv", tmp_path)).useless == 1
     spec = job(folder / "list.csv", tmp_path, targets="truth")
-    assert plan_job(spec).useless == 2
+    plan = plan_job(spec)
+    assert (plan.images, plan.useless, plan.units, plan.masks, plan.rows) == (3, 2, 5, 300, 1)
+    assert plan.model_calls == 1 + 5
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     done = mcrise("job", "check", tmp_path / "job.yaml", "--no-probe")
     assert done.stdout.splitlines()[0] == "images       3, 2 of which cannot be explained"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -155,6 +156,47 @@ def test_a_chunk_written_twice_counts_once(tmp_path: Path, folder: Path) -> None
     assert sorted(path.name for path in (tmp_path / "gallery" / "rows").iterdir()) == files
     assert again.chunks == made.chunks
     assert len(again.load()) == 7
+
+
+def test_two_jobs_that_mend_a_chunk_at_a_time_lose_no_image(tmp_path: Path, folder: Path) -> None:
+    """And one that reads it meanwhile sees it as it was, or as it will be."""
+    made = stored(tmp_path, folder, 100)
+    (chunk,), before = made.chunks, made.load()
+    broken, blue = made.store.errors([chunk])
+    like = GalleryRow(broken.image_id, broken.uri, 3, 2, before.embeddings[0])
+    other = GalleryRow(blue.image_id, blue.uri, None, None, before.embeddings[1])
+    reading = made.store.errors([chunk])
+    made.store.mend(chunk, [like], [replace(blue, error="one job found no way")])
+    made.store.mend(chunk, [other], [replace(broken, error="the other job neither")])
+    assert list(made.store.errors([chunk])) == []
+    assert {error.image_id for error in reading} == {broken.image_id, blue.image_id}
+    both = made.load()
+    assert set(both.image_ids.to_pylist()) == {*before.image_ids.to_pylist(), like.image_id, other.image_id}
+    made.store.mend(chunk, [other, like], [])  # a third, that began before both
+    again = made.load(memory_map=str(tmp_path / "again.npy"))
+    assert again.image_ids == both.image_ids
+    np.testing.assert_array_equal(again.embeddings, both.embeddings)
+    place = both.image_ids.to_pylist().index(like.image_id)
+    np.testing.assert_array_equal(both.embeddings[place], like.embedding)
+    assert both.identities.pids[place] == 3
+    assert made.store.present() == {chunk}
+
+
+def test_the_newest_error_is_told(tmp_path: Path, folder: Path) -> None:
+    made = stored(tmp_path, folder, 100)
+    (chunk,), (broken, blue) = made.chunks, made.store.errors(made.chunks)
+    made.store.mend(chunk, [], [replace(broken, error="still no image")])
+    assert list(made.store.errors([chunk])) == [replace(broken, error="still no image"), blue]
+
+
+def test_an_error_left_by_a_job_that_died_before_its_rows_does_not_count(
+    tmp_path: Path, folder: Path
+) -> None:
+    made = stored(tmp_path, folder, 100)
+    (chunk,), errors = made.chunks, list(made.store.errors(made.chunks))
+    rows = [GalleryRow(error.image_id, error.uri, None, None, np.zeros(6, np.float32)) for error in errors]
+    made.store.write(chunk, rows)
+    assert list(made.store.errors([chunk])) == []
 
 
 def test_the_order_is_that_of_the_names_whatever_was_written_first(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 from reporting import Silent
 from torch import nn
 
-from mcrise_ray import ImageSource, JobSpec, read_image, read_results, run_job
+from mcrise_ray import ImageSource, JobSpec, files, read_image, read_results, run_job
 from mcrise_ray.errors import ImageError
 from mcrise_ray.images import ImageRef
 from mcrise_ray.loading import ModelSpec
@@ -297,6 +297,20 @@ def test_images_of_one_name_neither_meet_nor_vanish(data: Path, tmp_path: Path) 
         *NAMES,
         *(f"{n}#{5 + i}" for i, n in enumerate(NAMES)),
     ]
+
+
+def test_labels_are_told_by_names_where_that_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million files in a bucket are not asked for one by one."""
+    source = ImageSource("gone-{0..99999}.jpg")
+    monkeypatch.setattr(files, "kind_of", None)
+    monkeypatch.setattr(files, "open_seekable", None)
+    assert not source.may_have("label")
+
+
+def test_a_manifest_whose_first_line_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text("uri," + "x" * 200_000)
+    with pytest.raises(ImageError, match=r"long.csv: cannot read its first line: field larger"):
+        ImageSource(str(tmp_path / "long.csv"))
 
 
 def test_seen_overlooks_nothing() -> None:

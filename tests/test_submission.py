@@ -277,7 +277,7 @@ def test_status_shows_progress(cluster: Cluster, folder: Path, tmp_path: Path) -
     )
     shown = mcrise("status", submitted.id, "--address", cluster.url).stdout
     assert "images     3 of 10, 1 errors" in shown
-    assert "embedded   4,096 of queries and gallery" in shown
+    assert "embedded   4,096 of queries and gallery, by this run" in shown
     assert "masks      1,900, 30 masks/s" in shown
     assert "error      0.250 of a map is noise" in shown
     submitted.stop()

@@ -143,7 +143,8 @@ def sources(tmp_path: Path) -> Path:
     (tmp_path / "cat" / "a.png").write_bytes(b"")
     (tmp_path / "s-0.tar").write_bytes(b"")
     (tmp_path / "plain.csv").write_text("uri,pid\na.png,3\n")
-    (tmp_path / "half-0.csv").write_text("uri\na.png\n")
+    (tmp_path / "half.csv").write_text("uri\na.png\n")
+    (tmp_path / "torn-0.csv").write_text("uri\na.png\n")
     (tmp_path / "known-0.csv").write_text("uri\na.png\n")
     (tmp_path / "known-1.csv").write_text("URI, Label\na.png,3\n")
     (tmp_path / "asked.csv").write_text("uri,target\na.png,3\n")
@@ -169,6 +170,7 @@ def sources(tmp_path: Path) -> Path:
         ("manifest", ["asked.csv"]),
         ("truth+manifest", ["known.parquet"]),
         ("predicted", ["cat"]),
+        ("truth", ["torn-{0..1}.csv"]),  # who knows
     ],
 )
 def test_sources_whose_images_may_have_the_label_or_target(
@@ -184,7 +186,9 @@ def test_sources_whose_images_may_have_the_label_or_target(
         ("truth", ["cat"], "expected a label for target 'truth', found none in cat; use imagefolder:FOLDER"),
         ("truth", ["cat/a.png", "cat/gone.png"], "expected a label"),
         ("predicted+truth", ["plain.csv", "plain.parquet"], "in plain.csv, plain.parquet"),
-        ("truth", ["encoded.parquet", "half-{0..1}.csv"], "expected a label"),
+        ("truth", ["encoded.parquet", "half.csv"], "expected a label"),
+        ("3+truth", ["cat"], "expected a label for target 'truth'"),
+        ("truth+owl", ["cat"], "expected a label for target 'truth'"),
         ("manifest", ["imagefolder:."], "expected a target for target 'manifest'.*give a manifest"),
         ("manifest", ["encoded_known.parquet"], "expected a target"),
         ("truth+manifest", ["known-1.csv"], "expected a target"),
