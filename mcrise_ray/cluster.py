@@ -82,8 +82,11 @@ def connect(
 
 
 def _gpus(job: JobSpec, there: float) -> float:
-    """GPUs per actor."""
-    return float(there > 0) if job.gpus_per_actor is None else job.gpus_per_actor
+    """GPUs per actor: unless that is said, one where there are any and the model is for one."""
+    if job.gpus_per_actor is not None:
+        return job.gpus_per_actor
+    elsewhere = job.model.device == "cpu" or job.model.model.startswith(("http://", "https://"))
+    return float(there > 0 and not elsewhere)
 
 
 @contextmanager
@@ -344,4 +347,6 @@ def _fit(node: dict[str, Any], asked: dict[str, float], labels: dict[str, str]) 
     """How many actors fit one node."""
     if not _has(node, labels):
         return 0
-    return int(min(node["Resources"].get(name, 0.0) // amount for name, amount in asked.items()))
+    # Rounded as Ray does it: five times 0.2 GPUs are one.
+    have = node["Resources"]
+    return int(min(round(1e4 * have.get(name, 0.0)) // round(1e4 * amount) for name, amount in asked.items()))

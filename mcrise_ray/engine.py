@@ -144,6 +144,7 @@ class _Actor:
     finished: int = 0
     scored: bool = False  # any masks
     since: float = 0.0  # when the first of `calls` began to run
+    waited: float = 0.0  # how long the loop had waited by then
 
     @property
     def running(self) -> list[Call]:
@@ -169,6 +170,7 @@ class Engine:
         self._pause_until = self._look_at = 0.0
         self._waiting_since: float | None = None
         self._slowest = 0.0  # seconds per mask
+        self._waited = 0.0  # seconds: what comes back while the loop is busy is not late
 
     def run(self) -> Tally:
         """Work until the ledger and its successors are finished.
@@ -186,7 +188,10 @@ class Engine:
                         return self.tally
                     self._ledger = successor
                     continue
-                for event in self._executor.wait(self._limits.tick):
+                began = self._executor.now()
+                events = self._executor.wait(self._limits.tick)
+                self._waited += self._executor.now() - began
+                for event in events:
                     self._handle(event)
                 self._look_at_clock()
                 self._sink.tick()
@@ -194,6 +199,10 @@ class Engine:
             for actor in self._actors:
                 self._executor.end(actor)
             self._sink.actors_alive(0)
+
+    def _begin(self, actor: _Actor) -> None:
+        """The first of an actor's calls begins to run."""
+        actor.since, actor.waited = self._executor.now(), self._waited
 
     def _recruit(self) -> None:
         if self._executor.now() < self._pause_until:
@@ -213,7 +222,7 @@ class Engine:
             call = self._ledger.next_call(number)
             if call is not None:
                 if not actor.calls:
-                    actor.since = self._executor.now()
+                    self._begin(actor)
                 actor.calls.append(call)
                 self._executor.submit(number, call)
                 self._hungry.append(number)
@@ -238,7 +247,7 @@ class Engine:
                 self._lose_actor(actor, event.outcome)
             elif event.call is not None:
                 actor.calls.remove(event.call)
-                actor.since = self._executor.now()
+                self._begin(actor)
                 self._lose_call(event.call, event.outcome)
                 self._hungry.append(actor.number)
         elif event.call is None:
@@ -255,7 +264,7 @@ class Engine:
         self._sink.actors_alive(self._alive())
 
     def _returned(self, actor: _Actor, call: Call, reply: Reply) -> None:
-        now = self._executor.now()
+        took = self._executor.now() - actor.since
         done, rest = call.split(len(reply.outcomes))
         if done is not None:
             actor.finished += 1
@@ -264,7 +273,7 @@ class Engine:
                 self._sink.ended(ended)
             if done.masks:
                 actor.scored = True
-                self._slowest = max(self._slowest, (now - actor.since) / done.masks)
+                self._slowest = max(self._slowest, took / done.masks)
                 self._sink.masks_done(done.masks)
         if reply.fault is not None and reply.fault.kind in ACTOR_GONE:
             actor.calls.remove(call)
@@ -272,7 +281,7 @@ class Engine:
             self._lose_actor(actor, reply.fault)
             return
         actor.calls.remove(call)
-        actor.since = now
+        self._begin(actor)
         self._hungry.append(actor.number)
         if rest is not None and reply.fault is not None:
             self._lose_call(rest, reply.fault)
@@ -283,11 +292,10 @@ class Engine:
             return
         self._look_at = now + _LOOK_EVERY
         for actor in list(self._actors.values()):
-            if now - actor.since <= self._limits.deadline:
-                continue  # no deadline is shorter
-            if actor.calls and now - actor.since > self._deadline(actor):
-                took = f"no answer within {now - actor.since:.0f} s"
-                self._lose_actor(actor, Fault(FaultKind.STALLED, took))
+            took = self._waited - actor.waited
+            # No deadline is shorter than the first of these, which is quick to compare.
+            if took > self._limits.deadline and actor.calls and took > self._deadline(actor):
+                self._lose_actor(actor, Fault(FaultKind.STALLED, f"no answer within {took:.0f} s"))
         if any(actor.built for actor in self._actors.values()):
             self._waiting_since = None
         elif self._waiting_since is None:

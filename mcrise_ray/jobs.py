@@ -20,7 +20,7 @@ from mcrise_ray.jobspec import JobSpec, differences
 from mcrise_ray.lease import Lease
 from mcrise_ray.precision import Execution, Precision
 from mcrise_ray.preprocess import Preprocessing
-from mcrise_ray.progress import Reporter
+from mcrise_ray.progress import GALLERY, Reporter
 from mcrise_ray.recorder import Counts, Recorder
 from mcrise_ray.reidjob import ReidJob
 from mcrise_ray.results import Results, read_results
@@ -117,7 +117,9 @@ def run_job(
         if len(committed):
             reporter.note(f"going on in {job.output}: {len(committed)} images are done")
         each = job.explain.masks if job.explain.relative_error is None else None
-        reporter.start(count, each, len(committed))
+        # Error rows of a gallery are about none of the images that are counted here.
+        of_gallery = sum(name.startswith(f"{GALLERY}:") for name in committed.failed) if job.reid else 0
+        reporter.start(count, each, len(committed) - of_gallery)
         execution = (None if overwrite else _execution(store)) or _chosen(job)
         setup = _setup(job, count, first)
         work = (
@@ -256,6 +258,7 @@ def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
         masks,
         sample,
         job.reid,
+        job.gpus_per_actor,
     )
 
 

@@ -73,7 +73,9 @@ class Lease:
             return
         self._released.set()
         with self._one_at_a_time:
-            self._store.delete(_NAME)
+            holder = self._store.read_json(_NAME)
+            if holder is not None and holder["owner"] == self._owner["owner"]:
+                self._store.delete(_NAME)
 
     def _keep(self) -> None:
         while not self._released.wait(_RENEW_EVERY):

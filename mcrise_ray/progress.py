@@ -18,6 +18,9 @@ from mcrise_ray.errors import SpecError
 LOG_VARIABLE: Final = "MCRISE_LOG"
 """The environment variable that chooses how a job logs: `plain` or `json`."""
 
+GALLERY: Final = "gallery"
+"""The stage of error rows that are about images of a gallery, which are none of those that are explained."""
+
 LogFormat = Literal["plain", "json"]
 
 _LOG_EVERY = 5.0  # seconds
@@ -119,6 +122,7 @@ class _Pace:
     first_masks: int = 0
     done: int = 0
     failed: int = 0
+    gallery_failed: int = 0
     retries: int = 0
     actors: int = 0
     relative_error: float | None = None
@@ -207,7 +211,10 @@ class _Tracking(ABC):
 
     def image_failed(self, image_id: str, stage: str, message: str) -> None:
         """See `Reporter`."""
-        self._pace.failed += 1
+        if stage == GALLERY:
+            self._pace.gallery_failed += 1
+        else:
+            self._pace.failed += 1
         text = message if f"{image_id}:" in message else f"{image_id}: {message}"
         self.tell("error_row", f"error: {text}", "error", image_id=image_id, stage=stage)
         self._show()
@@ -285,8 +292,8 @@ class ConsoleReporter(_Tracking):
             parts.append(f"{pace.actors} actors")
         if pace.relative_error is not None:
             parts.append(f"relative error {pace.relative_error:.2g}")
-        if pace.failed:
-            parts.append(f"{pace.failed} errors")
+        if errors := pace.failed + pace.gallery_failed:
+            parts.append(f"{errors} errors")
         if pace.retries:
             parts.append(f"{pace.retries} retries")
         left = pace.seconds_left
@@ -337,7 +344,7 @@ class JsonReporter(_Tracking):
                 "progress",
                 images_total=pace.images,
                 images_done=pace.earlier + pace.done,
-                errors=pace.failed,
+                errors=pace.failed + pace.gallery_failed,
                 masks_done=pace.masks,
                 masks_per_second=round(pace.rate, 1),
                 seconds_left=None if left is None else round(left, 1),

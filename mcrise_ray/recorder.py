@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -184,18 +185,19 @@ class Recorder:
             more: kept in `job.json`.
 
         Raises:
-            StoreError: the rest cannot be written.
+            StoreError: the rest cannot be written, or another driver has taken over.
         """
         try:
+            self._lease.renew()  # where another driver has taken over, nothing is ours to write any more
             self._write(self._flush)
+            if state != "done":
+                self._save(0.0)
             while self._backlog:
                 self._backlog.popleft().result()
         finally:  # nothing is being written any more when this returns, even where the store has failed
             self._writer.shutdown(cancel_futures=True)
         if state == "done":
             self._checkpoints.clear()
-        else:
-            self._save(0.0)
         self._write_progress(state)
         if self._built is not None:
             kept = {} if state == "done" else self._until_done
@@ -229,7 +231,7 @@ class Recorder:
         }
         for image, saved in open_images:
             if saved.seconds - self._saved_seconds[image.image_id] > after:
-                self._checkpoints.write(image.image_id, saved)
+                self._write(partial(self._checkpoints.write, image.image_id, saved))
                 self._saved_seconds[image.image_id] = saved.seconds
 
     def _write_progress(self, state: str) -> None:

@@ -30,14 +30,12 @@ from mcrise_ray.images import ImageRef, ImageSource
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.matching import Match, correct_ranks, find_matches
 from mcrise_ray.models import ModelFacts
+from mcrise_ray.progress import GALLERY
 from mcrise_ray.reidspec import ReidSpec
 from mcrise_ray.store import Committed, ErrorRow
 from mcrise_ray.tasks import GalleryMatch, Query, Saved
 
 _QUERIES = 256  # that are matched in one pass over the gallery
-
-GALLERY = "gallery"
-"""The stage of error rows of gallery images, and what their `image_id` begins with, before a colon."""
 
 
 @dataclass

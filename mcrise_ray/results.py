@@ -12,7 +12,7 @@ import pyarrow.dataset
 import pyarrow.fs
 
 from mcrise_ray.errors import StoreError
-from mcrise_ray.store import ErrorRow, MapRow, MatchRow, resolve
+from mcrise_ray.store import ErrorRow, MapRow, MatchRow, is_part, resolve
 
 
 class Results:
@@ -73,7 +73,7 @@ class Results:
     def _files(self, name: str) -> list[str]:
         selector = pa.fs.FileSelector(f"{self._root}/{name}", allow_not_found=True)
         found = self._filesystem.get_file_info(selector)
-        return sorted(file.path for file in found if file.path.endswith(".parquet"))
+        return sorted(file.path for file in found if is_part(file.path))
 
 
 def read_results(location: str) -> Results:

@@ -198,11 +198,7 @@ def launch(function: BlackBox, images: Float[Tensor, "B 3 H W"], *, kind: Kind =
             f"the model raised {type(error).__name__} on a batch of shape {tuple(images.shape)}: "
             f"{' '.join(str(error).split())[:400]}"
         )
-        if any(sign in str(error).lower() for sign in _OUT_OF_MEMORY):
-            raise MemoryError(raised) from error
-        if "CUDA error" in str(error):
-            raise DeviceError(raised) from error
-        raise ModelError(raised) from error
+        raise (hardware_error(error, raised) or ModelError(raised)) from error
     tensor = torch.as_tensor(answer)
     if tensor.ndim != 2 or len(tensor) != len(images):
         raise ScoreError(
@@ -217,6 +213,17 @@ def launch(function: BlackBox, images: Float[Tensor, "B 3 H W"], *, kind: Kind =
         return Answer(arriving, torch.cuda.current_stream(scores.device).record_event(), kind)
     # A copy: the black box may have returned a view of the batch, which the next call overwrites.
     return Answer(scores.cpu().clone(), kind=kind)
+
+
+def hardware_error(error: Exception, said: str) -> MemoryError | DeviceError | None:
+    """What the error of any library comes down to where it is of memory or of a GPU; None for any other.
+
+    A GPU tells late what went wrong: not always to the model, but to whoever next copies or waits.
+    """
+    if any(sign in str(error).lower() for sign in _OUT_OF_MEMORY):
+        return MemoryError(said)
+    is_device = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return DeviceError(said) if is_device else None
 
 
 def check_targets(targets: Sequence[int], classes: int) -> None:

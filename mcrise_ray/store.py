@@ -182,6 +182,11 @@ class Committed:
         return image_id in self.explained or image_id in self.failed
 
 
+def is_part(path: str) -> bool:
+    """Whether a file in `maps/` or `errors/` is one of ours, by its name."""
+    return re.search(r"/part-\d+[^/]*\.parquet$", path) is not None
+
+
 class Store:
     """The output location of one job: a local folder, or a URL that `pyarrow.fs` knows.
 
@@ -249,12 +254,12 @@ class Store:
             rows = 0
             for name in ("maps", "errors"):
                 ids[name] = set()
-                for file in self.files(name):
+                for file in self.parts(name):
                     with self._filesystem.open_input_file(f"{self._root}/{file}") as source:
                         column = pa.parquet.read_table(source, columns=["image_id"]).column(0)
                     ids[name].update(column.unique().to_pylist())
                     rows += len(column) * (name == "maps")
-        parts = [self.files(name) for name in ("maps", "errors")]
+        parts = [self.parts(name) for name in ("maps", "errors")]
         next_part = max(
             (int(re.findall(r"part-(\d+)", file)[0]) + 1 for part in parts for file in part), default=0
         )
@@ -265,6 +270,10 @@ class Store:
         selector = pa.fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
         found = self._filesystem.get_file_info(selector)
         return sorted(f"{folder}/{file.base_name}" for file in found if file.is_file)
+
+    def parts(self, folder: str) -> list[str]:
+        """Those of them that are results: others put files there too, such as `.DS_Store`."""
+        return [file for file in self.files(folder) if is_part(file)]
 
     def read(self, name: str) -> bytes | None:
         """A whole file; None where it does not exist."""

@@ -36,6 +36,7 @@ ENDED: Final = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 _ENTRYPOINT: Final = "python -m mcrise_ray.driver"
 _OUTPUT, _JOB = "mcrise_output", "mcrise_job"  # keys of the metadata
 _STARTING: Final = 60.0  # seconds
+_STOP_WITHIN: Final = "60"  # seconds, to commit and save before it is killed; Ray grants 3
 _UNANSWERED: Final = 5  # questions in a row, before waiting for a job ends
 _LONGEST: Final = 100_000  # bytes of one environment variable; Linux allows 131,072
 
@@ -131,7 +132,7 @@ class SubmittedJob:
             loop.run_until_complete(tail.aclose())
             loop.close()
 
-    def stop(self, timeout: float = 60.0) -> JobStatus:
+    def stop(self, timeout: float = 90.0) -> JobStatus:
         """Stop the job and wait for its end; what it has committed stays, and submitting it again resumes."""
         with errors_of(self._address):
             self._client.stop_job(self.id)
@@ -218,7 +219,7 @@ def submit_job(
             "uv": uv and list(uv),
             "working_dir": working_dir and str(working_dir),
         }
-        variables = {JOB_VARIABLE: content, LOG_VARIABLE: log}
+        variables = {JOB_VARIABLE: content, LOG_VARIABLE: log, "RAY_JOB_STOP_WAIT_TIME_S": _STOP_WITHIN}
         _start(
             client,
             base,

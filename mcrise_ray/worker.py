@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections import deque
@@ -25,6 +26,7 @@ from mcrise_ray.models import ModelFacts
 from mcrise_ray.precision import Execution, apply
 from mcrise_ray.reduction import Conclude, conclude
 from mcrise_ray.reidspec import ReidSpec
+from mcrise_ray.scores import hardware_error
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.tasks import Call, Done, EmbedTask, Failure, Inspection, InspectTask, Outcome, Reply, WorkTask
 from mcrise_ray.tuning import BatchSizeChoice, PrecisionChoice, settle
@@ -37,7 +39,8 @@ class Setup:
     Attributes:
         model, spec, targets, decode, reid: see `JobSpec`.
         precision, batch_size: what to choose where `execution` is not known yet.
-        threads: of torch; None for its own choice.
+        threads: of torch; None for its own choice, where no other worker shares the machine.
+        gpus: of each worker, which may be a part of one; None for a whole one where there are any.
         masks: how many one worker will score, where that is known.
         sample: an image of the job, to choose by.
     """
@@ -52,6 +55,7 @@ class Setup:
     masks: int | None
     sample: ImageRef
     reid: ReidSpec | None = None
+    gpus: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Built:
     execution: Execution
 
 
+_MEMORY_SHARE = 0.5  # of what is free, for the batches of all workers that share it
 _PREPARED_KEPT = 4  # images held ready: those whose units may still come
 
 
@@ -112,11 +117,19 @@ class Worker:
                 precision=setup.precision,
                 batch_size=setup.batch_size,
                 masks=setup.masks,
+                memory_share=_MEMORY_SHARE * self._part(explained.facts.device),
             )
             explained.model, execution = settled.model, settled.execution
         else:
             explained.model = apply(explained.model, execution)
         return Built(explained.facts, execution)
+
+    def _part(self, device: str) -> float:
+        """Of the device or the machine that is this worker's: the rest is for others like it."""
+        if device.startswith("cuda"):
+            return min(1.0, self._setup.gpus or 1.0)
+        threads = self._setup.threads
+        return 1.0 if threads is None else min(1.0, threads / (os.cpu_count() or 1))
 
     def _sample(self) -> np.ndarray | None:
         """The job's sample image; None where it cannot be read, which its own turn will tell."""
@@ -133,18 +146,25 @@ class Worker:
         try:
             for outcome in self._outcomes(call):
                 outcomes.append(outcome)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            self._prepared.clear()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return Reply(tuple(outcomes), Fault(FaultKind.DEVICE_MEMORY, _one_line(error)))
-        except DeviceError as error:
-            return Reply(tuple(outcomes), Fault(FaultKind.DIED, str(error)))
         except Exception as error:  # noqa: BLE001 - one image's bug must not end the job
+            return Reply(tuple(outcomes), self._fault_of(error))
+        return Reply(tuple(outcomes))
+
+    def _fault_of(self, error: Exception) -> Fault:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError | DeviceError):
+            cause: Exception | None = error
+        else:
+            cause = hardware_error(error, f"{type(error).__name__}: {_one_line(error)}")
+        if cause is None:
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {_one_line(error)} ({where.filename}:{where.lineno})"
-            return Reply(tuple(outcomes), Fault(FaultKind.BROKEN, text))
-        return Reply(tuple(outcomes))
+            return Fault(FaultKind.BROKEN, text)
+        if isinstance(cause, DeviceError):
+            return Fault(FaultKind.DIED, str(cause))
+        self._prepared.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return Fault(FaultKind.DEVICE_MEMORY, _one_line(cause))
 
     def _outcomes(self, call: Call) -> Iterator[Outcome]:
         first = call.tasks[0]

@@ -51,6 +51,32 @@ def later(nodes: Cluster, seconds: float = 3.0) -> None:
     nodes.clock += seconds
 
 
+@pytest.mark.parametrize(
+    ("each", "there", "fit"), [(0.2, 1.0, 5), (0.1, 1.0, 10), (0.05, 2.0, 40), (0.3, 1.0, 3), (2.0, 7.0, 3)]
+)
+def test_parts_of_a_gpu_fill_it(nodes: Cluster, each: float, there: float, fit: int) -> None:
+    nodes.add(CPU=64, GPU=there)
+    assert executor("auto", each).wanted() == fit
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "gpus"),
+    [
+        ({"model": "m:f"}, None, 1.0),
+        ({"model": "m:f", "device": "cuda:1"}, None, 1.0),
+        ({"model": "m:f", "device": "cpu"}, None, 0.0),
+        ({"model": "https://host/v2/models/m"}, None, 0.0),
+        ({"model": "m:f", "device": "cpu"}, 0.5, 0.5),
+    ],
+)
+def test_actors_hold_a_gpu_where_their_model_is_for_one(
+    model: dict[str, Any], asked: float | None, gpus: float
+) -> None:
+    job = JobSpec(images=("a.png",), model=ModelSpec(**model), output="out", gpus_per_actor=asked)
+    assert cluster._gpus(job, 4.0) == gpus
+    assert cluster._gpus(job, 0.0) == (asked or 0.0)
+
+
 def test_a_number_is_asked_for_whatever_there_is(nodes: Cluster) -> None:
     asked = executor(5)
     assert asked.wanted() == 5

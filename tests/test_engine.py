@@ -18,7 +18,7 @@ from mcrise_ray.faults import Fault, FaultKind
 from mcrise_ray.images import ImageRef
 from mcrise_ray.plan import unit_count, units
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.tasks import Call, Reply
+from mcrise_ray.tasks import Call, Ended, Reply
 
 SPEC = ExplainSpec(masks=8 * 64, colors="black", estimator="paper")  # eight units
 NAMES = [f"image {n}" for n in range(6)]
@@ -132,6 +132,25 @@ def test_a_conclusion_that_ends_its_actors_is_not_blamed_on_the_units_beside_it(
     assert sink.values == {name: value for name, value in EXPECTED.items() if name != NAMES[2]}
     assert len(simulation.started) == actors + 4
     assert engine.tally.replaced == 4
+
+
+def test_what_waits_while_the_driver_is_busy_has_not_stalled() -> None:
+    """A store that hangs for longer than the deadline, with the results of others unread meanwhile."""
+    simulation = Simulation(3, seconds=0.5)
+    sink = Sums()
+    ended = sink.ended
+
+    def slowly(image: Ended) -> None:
+        ended(image)
+        simulation.clock += 2 * LIMITS.deadline
+
+    sink.ended = slowly  # type: ignore[method-assign]
+    ledger = Ledger((ImageRef(name, name) for name in NAMES), SPEC, batch_size=64)
+    engine = Engine(ledger, simulation, sink, LIMITS)
+    engine.run()
+    assert sink.values == EXPECTED
+    assert not engine.tally.retries
+    assert simulation.started == [0, 1, 2]
 
 
 def test_a_stalled_call_is_given_to_another_actor_after_its_deadline() -> None:

@@ -85,6 +85,20 @@ def test_errors_name_their_image_once(clock: Clock, image_id: str, message: str,
     assert text.getvalue().splitlines() == [told]
 
 
+def test_errors_of_a_gallery_are_no_images(clock: Clock) -> None:
+    text = io.StringIO()
+    reporter = JsonReporter(text)
+    reporter.start(4, 100)
+    for number in range(10):
+        reporter.image_failed(f"gallery:{number}.png", "gallery", "damaged")
+    reporter.masks_done(100)
+    clock.seconds += 10
+    reporter.masks_done(100)
+    assert reporter.outlook() == {"images_total": 4, "seconds_left": 20.0}
+    last = json.loads(text.getvalue().splitlines()[-1])
+    assert (last["event"], last["images_done"], last["errors"]) == ("progress", 0, 10)
+
+
 def test_nothing_is_foretold_before_there_is_a_pace(clock: Clock) -> None:
     """The first masks come after a minute of building models, which says nothing of the rest."""
     reporter = JsonReporter(io.StringIO())

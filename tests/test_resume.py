@@ -23,7 +23,7 @@ from PIL import Image
 from reporting import Silent
 
 import mcrise_ray as mr
-from mcrise_ray import lease, recorder
+from mcrise_ray import jobs, lease, recorder
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.errors import StoreError
 from mcrise_ray.explainer import Subject, perform
@@ -321,6 +321,43 @@ def test_on_an_object_store_a_claim_lapses_when_it_is_not_renewed(
     second.renew()
     second.release()
     Lease(store).release()
+
+
+def test_a_driver_that_has_lost_its_output_leaves_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """It was asleep for long enough that another has taken over, who writes the same rows."""
+    now = [1000.0]
+    monkeypatch.setattr(lease.time, "time", lambda: now[0])
+    monkeypatch.setattr(jobs, "Store", FakeObjectStore)
+    monkeypatch.setattr(recorder, "_COMMIT_EVERY", 1e9)
+    others: list[Lease] = []
+    there: list[set[str]] = []
+    out = tmp_path / "out"
+
+    class Asleep(Silent):
+        def image_done(self, masks: int) -> None:
+            if not others:
+                now[0] += 1000
+                others.append(Lease(FakeObjectStore(str(out))))
+                there.append({str(path) for path in out.rglob("*") if path.is_file()})
+
+    with pytest.raises(StoreError, match=r"lost .* to another job"):
+        run(job(folder, out), Asleep())
+    assert {str(path) for path in out.rglob("*") if path.is_file()} == there[0]
+    assert FakeObjectStore(str(out)).read_json("lock.json")["owner"] == others[0]._owner["owner"]
+    others[0].release()
+
+
+def test_other_files_beside_the_results_do_no_harm(folder: Path, tmp_path: Path) -> None:
+    run(job(folder, tmp_path / "out"))
+    for name in ("maps", "errors"):
+        (tmp_path / "out" / name).mkdir(exist_ok=True)
+        (tmp_path / "out" / name / ".DS_Store").write_bytes(b"Bud1")
+        (tmp_path / "out" / name / "mine.parquet").write_bytes(b"PAR1")
+    assert run(job(folder, tmp_path / "out")).earlier == 5
+    results = mr.read_results(str(tmp_path / "out"))
+    assert (len(results), len(results.errors)) == (8, 1)
 
 
 def test_on_an_object_store_a_claim_is_kept_while_the_loop_is_busy(

@@ -458,6 +458,7 @@ def test_what_a_submission_asks_for(server: FakeServer, tmp_path: Path) -> None:
     assert (environment["working_dir"], environment["uv"]) == (str(tmp_path / "sent"), ["timm"])
     assert "pip" not in environment
     assert json.loads(environment["env_vars"]["MCRISE_JOB"])["images"] == ["images"]
+    assert environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "60", "Ray kills after 3 s otherwise"
     assert request["metadata"] == {
         "team": "signs",
         "mcrise_output": str(tmp_path / "out"),

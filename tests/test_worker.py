@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -62,6 +63,26 @@ def units(image: ImageRef, *indices: int) -> Call:
     return Call(tuple(WorkTask(image, (0,), ScoreUnit(unit(SPEC, index))) for index in indices), 64)
 
 
+@pytest.mark.parametrize(
+    ("device", "threads", "gpus", "part"),
+    [
+        ("cuda:0", 4, None, 1.0),
+        ("cuda:0", 4, 0.25, 0.25),
+        ("cuda:0", 4, 2.0, 1.0),
+        ("cpu", 4, 0.25, 0.25),
+        ("cpu", 32, None, 1.0),
+        ("cpu", None, None, 1.0),
+    ],
+)
+def test_batches_leave_memory_to_the_workers_beside(
+    monkeypatch: pytest.MonkeyPatch, device: str, threads: int | None, gpus: float | None, part: float
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    nothing = ModelSpec(model="m:f"), SPEC, (0,), DecodeOptions(), "float32"
+    setup = Setup(*nothing, "auto", threads, None, ImageRef("a", "a"), gpus=gpus)
+    assert Worker(setup)._part(device) == part
+
+
 def test_a_call_does_its_tasks_in_order(worker: Worker, image: ImageRef) -> None:
     (inspection,) = worker.do(Call((InspectTask(image),), 64)).outcomes
     assert isinstance(inspection, Inspection)
@@ -95,6 +116,39 @@ def test_a_fault_ends_a_call_and_keeps_what_came_before(
     assert reply.fault is not None
     assert reply.fault.kind is kind
     assert len(whole.outcomes) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), FaultKind.DIED),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), FaultKind.DIED),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."), FaultKind.DEVICE_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), FaultKind.DEVICE_MEMORY),
+        (RuntimeError("a bug"), FaultKind.BROKEN),
+    ],
+)
+@pytest.mark.parametrize("where", ["mcrise_ray.blend.Blender.__call__", "mcrise_ray.scores.Answer.read"])
+def test_a_gpu_tells_late_that_it_has_failed(
+    worker: Worker,
+    image: ImageRef,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: FaultKind,
+    where: str,
+) -> None:
+    """Whoever blends, copies or waits next is told: the actor is to blame, not the image."""
+
+    def fails(*_: object) -> None:
+        raise error
+
+    worker.do(units(image, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fails)
+        reply = worker.do(units(image, 1))
+    assert reply.fault is not None
+    assert reply.fault.kind is kind
+    assert str(error) in reply.fault.message
 
 
 def test_an_error_of_the_model_fails_the_image(worker: Worker, image: ImageRef) -> None:
