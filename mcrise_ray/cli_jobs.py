@@ -131,6 +131,8 @@ def submit(
         )
         before = "" if submitted.is_new else f", submitted before: {submitted.status().state}"
         print(f"{submitted.id} writes to {submitted.output}{before}")
+        if retry_errors and not submitted.is_new:
+            print("errors are not tried again by a job that runs already; submit it again when it has ended")
         if not follow:
             print(f"next: mcrise status {submitted.id}, or logs --follow, or stop")
             return
