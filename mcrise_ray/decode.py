@@ -60,6 +60,8 @@ _SIGNATURES: Final[dict[str, bytes | tuple[bytes, ...]]] = {
     "BMP": b"BM",
 }
 
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
+
 _pillow_lock = threading.RLock()
 
 
@@ -105,10 +107,11 @@ def to_rgb(picture: Image.Image, options: DecodeOptions) -> UInt8[np.ndarray, "h
     width, height = picture.size
     if width * height > options.max_pixels:
         raise ImageError(f"{_limit(options)}, found {width * height} ({width} x {height})")
+    bits = _bits(picture)
     picture.load()
     # After loading: PNG may store EXIF behind the pixels, and Pillow has turned a TIFF upright by now.
     orientation = _orientation(picture)
-    picture = _eight_bits(picture).convert("RGB")
+    picture = _eight_bits(picture, bits).convert("RGB")
     if orientation in _UPRIGHT:
         picture = picture.transpose(_UPRIGHT[orientation])
     return np.array(picture)
@@ -145,10 +148,16 @@ def _limit(options: DecodeOptions) -> str:
     return f"expected at most {options.max_pixels} pixels (--max-pixels)"
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def _bits(picture: Image.Image) -> int:
+    """Of each value of a picture that Pillow opens with 16: a TIFF may have filled fewer of them."""
+    found = getattr(picture, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+    return min(max(int(found[0]), 8), 16)
+
+
+def _eight_bits(picture: Image.Image, bits: int) -> Image.Image:
     """A picture with at most 8 bits per channel; Pillow's own conversion clips values above 255."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        return Image.fromarray((np.asarray(picture) >> (bits - 8)).astype(np.uint8))
     if picture.mode not in {"I", "F"}:
         return picture
     values = np.asarray(picture)

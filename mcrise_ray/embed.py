@@ -116,7 +116,7 @@ def read_pairs(location: str) -> dict[str, list[str]]:
     except ImageError as error:
         raise ImageError(f"{files.shown(location)}: {error}; check --pairs") from error
     with opened as file:
-        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""))
         header = [name.strip().lower() for name in next(reader, [])]
         if header[:2] != ["query", "match"]:
             raise ImageError(
@@ -137,7 +137,9 @@ def _chunk(refs: Sequence[ImageRef], digests: Sequence[bytes]) -> Chunk:
 
 
 def _digest(ref: ImageRef) -> bytes:
-    text = "\0".join(map(str, (ref.image_id, ref.uri, ref.pid, ref.camid, ref.problem)))
+    # Two folders may hold images of the same names, and share a gallery.
+    where = files.absolute(ref.uri)
+    text = "\0".join(map(str, (ref.image_id, where, ref.pid, ref.camid, ref.problem)))
     return blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
 
 

@@ -148,6 +148,12 @@ def subfolders(folder: str) -> list[str]:
     return sorted(entry.base_name for entry in found if entry.type == pyarrow.fs.FileType.Directory)
 
 
+def absolute(location: str) -> str:
+    """A location that means the same wherever this process was started."""
+    path = local_path(location)
+    return location if path is None else os.path.abspath(path)
+
+
 def join(folder: str, relative: str) -> str:
     """The location of a path below a folder; a path that is absolute, or a URL, stands for itself."""
     if is_url(relative) or os.path.isabs(relative):

@@ -59,7 +59,7 @@ class Gallery:
 
     def own(self, uris: Sequence[str]) -> Int64[np.ndarray, " Q"]:
         """The place of each of some images in the gallery, by where it is stored; -1 for those not in it."""
-        return _places([_absolute(uri) for uri in uris], self._absolute_uris)
+        return _places([files.absolute(uri) for uri in uris], self._absolute_uris)
 
     def find(self, names: Sequence[str]) -> Int64[np.ndarray, " n"]:
         """The places of gallery images that are named by `image_id` or `uri`; -1 for those not in it."""
@@ -69,7 +69,7 @@ class Gallery:
 
     @cached_property
     def _absolute_uris(self) -> pa.Array:
-        return pa.array([_absolute(uri) for uri in self.uris.to_pylist()], pa.string())
+        return pa.array([files.absolute(uri) for uri in self.uris.to_pylist()], pa.string())
 
 
 class GalleryStore:
@@ -302,8 +302,3 @@ def _first_of_each(names: pa.ChunkedArray) -> Int64[np.ndarray, " n"]:
 def _places(names: Sequence[str], among: pa.Array) -> Int64[np.ndarray, " n"]:
     found = pa.compute.index_in(pa.array(names, pa.string()), value_set=among)
     return np.asarray(found.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
-
-
-def _absolute(uri: str) -> str:
-    path = files.local_path(uri)
-    return uri if path is None else os.path.abspath(path)

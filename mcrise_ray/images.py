@@ -49,7 +49,7 @@ class ImageRef:
         problem: why it cannot be explained, where that is known already; it gets an error row.
         stage: at which that showed.
         class_folder: the name of the folder whose place is the label, where one is.
-        class_folders: how many there are.
+        class_folders: the names of all of them.
     """
 
     image_id: str
@@ -61,7 +61,7 @@ class ImageRef:
     problem: str | None = None
     stage: str = "list"
     class_folder: str | None = field(default=None, compare=False)
-    class_folders: int | None = field(default=None, compare=False)
+    class_folders: tuple[str, ...] = field(default=(), compare=False)
 
     def __hash__(self) -> int:
         """A driver looks images up all the time, and its names tell them apart."""
@@ -225,6 +225,7 @@ def _list(source: str) -> Iterator[ImageRef]:
 
 
 def _list_folder(folder: str, classes: dict[str, int]) -> Iterator[ImageRef]:
+    names = tuple(classes)
     for relative, location, problem in files.walk(folder):
         if problem is not None:
             image_id = relative or files.printable(folder)
@@ -232,16 +233,13 @@ def _list_folder(folder: str, classes: dict[str, int]) -> Iterator[ImageRef]:
         elif os.path.splitext(relative)[1].lower() in SUFFIXES:
             ref = ImageRef(relative, location)
             if (name := relative.partition("/")[0]) in classes:
-                ref = replace(ref, label=classes[name], class_folder=name, class_folders=len(classes))
+                ref = replace(ref, label=classes[name], class_folder=name, class_folders=names)
             yield ref
 
 
 def _inside(found: shards.Inside, prefix: str = "") -> ImageRef:
     image_id = prefix + found.name
-    try:
-        return ImageRef(image_id, found.uri, _label(found.label))
-    except ValueError as error:
-        return ImageRef(image_id, found.uri, problem=f"{files.shown(found.uri)}: {error}")
+    return ImageRef(image_id, found.uri, _label_if_any(found.label))
 
 
 def _list_csv(manifest: str) -> Iterator[ImageRef]:
@@ -312,12 +310,13 @@ def _parquet_columns(schema: Any) -> list[str]:
 def _manifest_ref(where: str, base: str, uri: Any, label: Any, target: Any, pid: Any, camid: Any) -> ImageRef:
     if not isinstance(uri, str) or not uri:
         return _bad_row(where, f"expected a uri, found {uri!r}")
-    location = files.join(base, uri)
+    location = uri if uri.startswith(shards.TORCHVISION) else files.join(base, uri)
     if not uri.isascii():
         uri, location = files.printable(uri), files.location_of(location)
     try:
         identity = _number("pid", pid), _number("camid", camid)
-        return ImageRef(uri, location, _label(label), _manifest_targets(target), *identity)
+        known = None if isinstance(label, list) else _label(label)  # several are no class
+        return ImageRef(uri, location, known, _manifest_targets(target), *identity)
     except ValueError as error:
         return ImageRef(uri, location, problem=f"{files.shown(where)}: {error}")
 
@@ -333,12 +332,21 @@ def _label(value: Any) -> int | str | None:
         return None
     if isinstance(value, str):
         text = value.strip()
-        return int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else files.printable(text)
+        number = re.fullmatch(r"([+-]?[0-9]+)(\.0*)?", text)  # pandas writes 3.0 where others are missing
+        return int(number[1]) if number else files.printable(text)
     if isinstance(value, float) and math.isnan(value):
         return None  # how pandas writes a missing number
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise ValueError(f"expected a class index or a class name, found {value!r}")
     return int(value)
+
+
+def _label_if_any(value: Any) -> int | str | None:
+    """None as well for what is no class, such as several: it matters only to who asks for it."""
+    try:
+        return _label(value)
+    except ValueError:
+        return None
 
 
 def _number(column: str, value: Any) -> int | None:

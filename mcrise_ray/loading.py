@@ -153,7 +153,7 @@ def ready(network: nn.Module, device: torch.device) -> nn.Module:
 def read_class_names(path: str) -> tuple[str, ...]:
     """Class names from a text file, one per line in index order."""
     try:
-        return tuple(Path(path).read_text(encoding="utf-8").splitlines())
+        return tuple(Path(path).read_text(encoding="utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"cannot read class names from {path}: {error}; check --classes") from error
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final
+from typing import IO, Any, Final
 from urllib.parse import parse_qsl, quote
 
 import numpy as np
@@ -30,7 +30,7 @@ from PIL import Image
 
 from mcrise_ray.decode import DecodeOptions, pillow_set_to, to_rgb
 from mcrise_ray.errors import ImageError
-from mcrise_ray.files import open_arrow, open_seekable, unreadable
+from mcrise_ray.files import open_arrow, open_seekable, printable, unreadable
 
 TORCHVISION: Final = "torchvision:"
 
@@ -38,6 +38,7 @@ _MEMBER = re.compile(r"(.+)#offset=(\d+)&size=(\d+)&member=(.*)", re.DOTALL)
 _ROW = re.compile(r"(.+)#row=(\d+)", re.DOTALL)
 _FILES_OPEN = 4  # per process and kind
 _ROWS_READ = 16  # encoded images in memory at a time
+_TAR_READ = 2**16  # bytes
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,27 @@ def list_tar(shard: str, suffixes: frozenset[str]) -> Iterator[Inside]:
                         content = tar.extractfile(member)
                         label = _tar_label(extension, content.read() if content else b"")
                 yield from _sample(shard, images, label)
+                _check_end(file, tar.offset)
         except OSError as error:
             raise unreadable(error) from error
         except tarfile.TarError as error:
             raise ImageError(f"expected an uncompressed tar file, whole: {error}") from error
 
 
+def _check_end(file: IO[bytes], offset: int) -> None:
+    """What `tarfile` takes for the end of a shard, which is also what it cannot read, must be its end."""
+    file.seek(offset)
+    while block := file.read(_TAR_READ):
+        if block.strip(b"\0"):
+            raise ImageError(
+                f"expected the end of the shard at {offset}, found more: a header is damaged, or shards were "
+                "put one behind the other; what is listed before is whole"
+            )
+
+
 def _sample(shard: str, images: list[tuple[str, int, int]], label: Any) -> Iterator[Inside]:
-    for name, offset, size in images:
+    for member, offset, size in images:
+        name = printable(member)
         yield Inside(name, f"{shard}#offset={offset}&size={size}&member={quote(name)}", label)
 
 
@@ -223,9 +237,14 @@ class _Rows:
         if self.batch is None or not self.start <= row < self.end_of_group:
             self._enter_group_of(row)
         while self.batch is None or row >= self.start + len(self.batch):
-            self.start += 0 if self.batch is None else len(self.batch)
+            passed = 0 if self.batch is None else len(self.batch)
+            self.batch = None  # where the next one cannot be read, the group is entered anew
             with _arrow_errors():
-                self.batch = pa.compute.struct_field(next(self.batches).column(self.column), "bytes")
+                following = next(self.batches, None)
+                if following is None:
+                    raise ImageError(f"expected row {row} in its row group, found fewer rows")
+                batch = pa.compute.struct_field(following.column(self.column), "bytes")
+            self.start, self.batch = self.start + passed, batch
         data = self.batch[row - self.start].as_py()
         if data is None:
             raise ImageError(f"expected encoded bytes in column {self.column}, found none")

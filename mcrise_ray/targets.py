@@ -143,16 +143,23 @@ def _true_class(image: ImageRef, label: int | str, model: Model, classes: int) -
     """The index that a label has among the model's classes.
 
     The place of a class folder is that of its class only where every class has one, as in the data that the
-    model was trained on; a folder that is called as one of the model's classes is certain.
+    model was trained on, and none is called as a class is: names are certain, and do not go with places.
     """
     if image.class_folder is None:
         return model.class_index(label)
     if image.class_folder in model.class_names:
         return model.class_index(image.class_folder)
-    if image.class_folders != classes:
+    named = next((name for name in image.class_folders if name in model.class_names), None)
+    if named is not None:
+        raise TargetError(
+            f"expected a folder called as one of the model's classes, as {named!r} is, found "
+            f"{image.class_folder!r}; rename it, or give labels in a manifest (column label)"
+        )
+    if len(image.class_folders) != classes:
         raise TargetError(
             f"expected a folder for each of the model's {classes} classes, whose places are the labels, or "
-            f"folders called as its classes; found {image.class_folders} folders, and {image.class_folder!r} "
-            "is no class name; see --classes, or give labels in a manifest (column label)"
+            f"folders called as its classes; found {len(image.class_folders)} folders, and "
+            f"{image.class_folder!r} is no class name; see --classes, or give labels in a manifest "
+            "(column label)"
         )
     return model.class_index(label)

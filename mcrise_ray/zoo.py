@@ -32,6 +32,9 @@ from mcrise_ray.scores import Classifier
 _PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
+_TRANSFORMED = {"googlenet", "inception_v3"}  # by `transform_input`, which is no part of their weights
+
+
 def load_torchvision(spec: ModelSpec, device: torch.device) -> Loaded:
     """`torchvision:NAME[?weights=W][?num_classes=N]`, with what the weights' metadata tells."""
     import torchvision
@@ -48,6 +51,11 @@ def load_torchvision(spec: ModelSpec, device: torch.device) -> Loaded:
                 "leave out --weights and ?num_classes="
             )
         return _torchvision_pretrained(name, options["weights"], device)
+    if name in _TRANSFORMED and spec.weights and not {"mean", "std"} <= spec.preprocessing.keys():
+        raise ModelError(
+            f"{name}: expected --mean and --std beside --weights, because a file does not say which it was "
+            "trained with: torchvision's own 0.5,0.5,0.5 and 0.5,0.5,0.5, others mostly ImageNet's"
+        )
     arguments = {key: whole_number(key, value) for key, value in options.items()}
     network = with_weights(lambda **given: torchvision.models.get_model(name, **given), arguments, spec)
     return Loaded(ready(network, device), {"activation": "softmax"}, device)

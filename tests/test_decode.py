@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import threading
 import warnings
 
@@ -134,3 +135,24 @@ def test_every_refusal_has_its_line() -> None:
     for case in CASES:
         print(f"| {case.name!r} | {case.expected} |")
         assert isinstance(case.expected, Decoded | Refused)
+
+
+def tiff_of_12_bits(values: list[int], width: int) -> bytes:
+    """Grey, uncompressed, two values in three bytes: as microscopes write it and Pillow does not."""
+    packed = bytearray()
+    for a, b in zip(values[::2], values[1::2], strict=True):
+        packed += bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255])
+    height, tags = len(values) // width, []
+    for tag, value in (
+        (256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, height),
+        (279, len(packed)),
+    ):  # fmt: skip
+        tags.append(struct.pack("<HHII", tag, 4, 1, value))
+    directory = struct.pack("<H", len(tags)) + b"".join(tags) + struct.pack("<I", 0)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + bytes(packed) + directory
+
+
+def test_twelve_bits_are_brought_to_eight() -> None:
+    values = [0, 4095, 2048, 1024]
+    found = decode(tiff_of_12_bits(values, 2))
+    np.testing.assert_array_equal(found[..., 0].ravel(), [value >> 4 for value in values])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,18 @@ def test_two_jobs_that_mend_a_chunk_at_a_time_lose_no_image(tmp_path: Path, fold
     np.testing.assert_array_equal(both.embeddings[place], like.embedding)
     assert both.identities.pids[place] == 3
     assert made.store.present() == {chunk}
+
+
+def test_folders_with_images_of_the_same_names_share_no_chunk(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    for place in ("a", "b"):
+        shutil.copytree(folder, tmp_path / place / "gallery")
+        monkeypatch.chdir(tmp_path / place)
+        names += [chunk.name for chunk in chunks(ImageSource("gallery"))]
+        assert names[-1] == next(chunks(ImageSource(str(tmp_path / place / "gallery")))).name
+    assert len(set(names)) == 2
 
 
 def test_the_newest_error_is_told(tmp_path: Path, folder: Path) -> None:

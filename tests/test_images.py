@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 import tempfile
 import tracemalloc
@@ -27,7 +28,8 @@ from PIL import Image
 from reporting import Silent
 from torch import nn
 
-from mcrise_ray import ImageSource, JobSpec, files, read_image, read_results, run_job
+from mcrise_ray import ImageSource, JobSpec, files, read_image, read_results, run_job, shards
+from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.errors import ImageError
 from mcrise_ray.images import ImageRef
 from mcrise_ray.loading import ModelSpec
@@ -145,8 +147,8 @@ def test_image_folders_have_labels(place: str) -> None:
     assert [(ref.image_id, ref.label) for ref in images] == list(zip(NAMES, LABELS, strict=True))
     assert images.class_names == ("cat", "dog")
     assert {(ref.label, ref.class_folder, ref.class_folders) for ref in images} == {
-        (0, "cat", 2),
-        (1, "dog", 2),
+        (0, "cat", ("cat", "dog")),
+        (1, "dog", ("cat", "dog")),
     }
     assert [color_of(ref.uri) for ref in images] == [0, 1, 2, 3]
 
@@ -318,6 +320,83 @@ def test_seen_overlooks_nothing() -> None:
     names = [f"images/{i:06d}.jpg" for i in range(20_000)]
     assert all(seen.add(name) for name in names)
     assert not any(seen.add(name) for name in names)
+
+
+def test_what_looks_like_the_end_of_a_shard_must_be_its_end(tmp_path: Path) -> None:
+    """`tarfile` stops in silence where it cannot read a header, and behind the zeros of a first archive."""
+    shard, members = tmp_path / "s.tar", [f"{n}.png" for n in range(6)]
+    with tarfile.open(shard, "w") as tar:
+        for name in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(png(0))
+            tar.addfile(info, io.BytesIO(png(0)))
+    whole, size = shard.read_bytes(), 512 + -(-len(png(0)) // 512) * 512
+    flipped = bytearray(whole)
+    flipped[3 * size + 10] ^= 1
+    cases = {
+        "flipped": (bytes(flipped), 3),
+        "zeroed": (whole[: 3 * size] + bytes(512) + whole[3 * size + 512 :], 3),
+        "cut": (whole[: 3 * size + 100], 3),
+        "twice": (whole + whole, 6),
+    }
+    for name, (content, listed) in cases.items():
+        shard.write_bytes(content)
+        *refs, problem = ImageSource(str(shard))
+        assert [ref.image_id for ref in refs] == [f"s.tar/{member}" for member in members[:listed]], name
+        assert problem.problem is not None, name
+        assert "expected the end of the shard" in problem.problem, name
+    for content in (whole, whole[: 6 * size], whole + bytes(100_000)):
+        shard.write_bytes(content)
+        assert [ref.problem for ref in ImageSource(str(shard))] == [None] * 6
+
+
+def test_members_of_a_shard_may_be_called_anything(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        info = tarfile.TarInfo("caf\udce9.png")
+        info.size = len(png(2))
+        tar.addfile(info, io.BytesIO(png(2)))
+    (ref,) = ImageSource(str(tmp_path / "s.tar"))
+    assert ref.image_id == "s.tar/caf\\xe9.png"
+    assert color_of(ref.uri) == 2
+
+
+def test_rows_behind_a_damaged_page_are_not_those_of_another(tmp_path: Path) -> None:
+    """The column is read in order; where that fails, nothing may be taken for what was asked for."""
+    file = tmp_path / "encoded.parquet"
+    rng = np.random.default_rng(0)
+    rows = [{"bytes": rng.bytes(2000), "path": f"{n}.png"} for n in range(64)]
+    table = pa.table({"image": pa.array(rows)})
+    small = {"data_page_size": 4000, "write_batch_size": 2, "use_dictionary": False}
+    pa.parquet.write_table(table, file, compression="zstd", **small)
+    shards._rows_of.cache_clear()
+    whole = bytearray(file.read_bytes())
+    frames = [match.start() for match in re.finditer(re.escape(b"\x28\xb5\x2f\xfd"), whole)]
+    broken = max(place for place in frames if place < whole.index(rows[40]["bytes"][:16]))
+    whole[broken : broken + 4] = bytes(4)
+    file.write_bytes(whole)
+    right = wrong = 0
+    for n, row in enumerate(rows):
+        try:
+            right += shards.read_inside(f"{file}#row={n}", DecodeOptions()) == row["bytes"]
+        except ImageError:
+            wrong += 1
+    assert right + wrong == 64
+    assert 16 <= right < 64
+
+
+def test_a_label_that_is_no_class_costs_no_image(tmp_path: Path) -> None:
+    encoded = pa.table({"image": [{"bytes": png(0), "path": "a.png"}], "label": [[0, 1]]})
+    pa.parquet.write_table(encoded, tmp_path / "encoded.parquet")
+    pa.parquet.write_table(pa.table({"uri": ["a.png"], "label": [[0, 1]]}), tmp_path / "list.parquet")
+    for name in ("encoded.parquet", "list.parquet"):
+        (ref,) = ImageSource(str(tmp_path / name))
+        assert (ref.label, ref.problem) == (None, None)
+
+
+def test_whole_numbers_that_pandas_wrote(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("uri,label,pid,camid\na.png,3.0,7.0,1.\nb.png,,,\nc.png,3.5,,\n")
+    found = [(ref.label, ref.pid, ref.camid) for ref in ImageSource(str(tmp_path / "list.csv"))]
+    assert found == [(3, 7, 1), (None, None, None), ("3.5", None, None)]
 
 
 def test_a_damaged_shard_is_one_problem_and_the_others_go_on(data: Path, tmp_path: Path) -> None:

@@ -384,6 +384,12 @@ def test_image_processors_in_our_terms(processor: dict, expected: dict) -> None:
         assert fields[name] == pytest.approx(value) if name in {"mean", "std"} else fields[name] == value
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_weights_that_do_not_say_how_they_were_normalised(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=rf"{name}: expected --mean and --std beside --weights"):
+        mr.load_model(f"torchvision:{name}", weights=str(tmp_path / "published.pth"))
+
+
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ModelError, match=r'cannot import timm.*pip install "mcrise-ray\[timm\]"'):
