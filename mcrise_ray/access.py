@@ -1,6 +1,7 @@
 """Who may come in: the token that opens a Ray cluster, and the addresses that it may be sent to.
 
-The token is found where Ray finds it, made for this user alone, and never shown.
+The token is found where Ray finds it, made for this user alone, and never shown. Other secrets are refused
+where a job would hold them.
 """
 
 from __future__ import annotations
@@ -8,14 +9,18 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import re
 import secrets
 import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
-from mcrise_ray.errors import ClusterError
+from mcrise_ray.errors import ClusterError, SpecError
 
 _log = logging.getLogger(__name__)
+_SECRET_NAME = re.compile(r"token|secret|password|passwd|credential|api_?key|access_?key", re.IGNORECASE)
 
 
 def token_path() -> Path:
@@ -126,3 +131,42 @@ def _narrow(path: Path) -> None:
         "new one with: mcrise token",
         path,
     )
+
+
+def refuse_secrets(values: Mapping[str, Any]) -> None:
+    """Raise `SpecError` where a job holds a secret: jobs are shown, logged and stored with their results."""
+    for where, value in _leaves(values):
+        secret = _secret_in_url(value) if isinstance(value, str) and "://" in value else None
+        # The name alone, because the value must not be shown.
+        name = where.rpartition(".")[2]
+        if where.startswith("model.args.") and names_secret(name) and isinstance(value, str):
+            secret = "a value"
+        if secret is not None:
+            raise SpecError(
+                f"{where}: expected no secrets, because a job is stored with its results, found {secret}; "
+                "set it as an environment variable, or in a file of credentials, where the workers run"
+            )
+
+
+def names_secret(name: str) -> bool:
+    """Whether a value of this name is likely to be one that nobody else may see."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def _leaves(values: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _leaves(value, f"{where}.{name}" if where else str(name))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _leaves(value, where)
+    else:
+        yield where, values
+
+
+def _secret_in_url(url: str) -> str | None:
+    parts = urlsplit(url.removeprefix("imagefolder:"))
+    if "@" in parts.netloc:
+        return "a user or a key in front of the host of a URL"
+    name = next((name for name, _ in parse_qsl(parts.query) if names_secret(name)), None)
+    return None if name is None else f"the option {name} of a URL"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -317,6 +317,7 @@ def _job_seconds(case: Case, folder: str, count: int) -> float:
         explain=case.spec,
         actors=count,
         batch_size=case.execution.batch_size,
+        precision=cast(PrecisionChoice, case.execution.precision.steps),  # nothing is tried meanwhile
         figures=0,
     )
     try:

@@ -35,6 +35,11 @@ class Bookkeeping(Protocol):
         ...
 
     @property
+    def kept(self) -> int:
+        """Masks that earlier runs had scored of images that this one goes on with."""
+        ...
+
+    @property
     def embedded(self) -> int:
         """Images of queries and gallery that this run has embedded, or found that they cannot be."""
         ...

@@ -20,7 +20,7 @@ from mcrise_ray.store import Store, file_name
 from mcrise_ray.tasks import Inspection, Saved, Target
 from mcrise_ray.variates import Fit
 
-_FOLDER = "partial"
+_FOLDER, _SUFFIX = "partial", ".npz"
 _VERSION = 6  # to be raised when `plan` or what is learnt changes: sums of two versions do not fit together
 Part = TypeVar("Part", Partial, Fit, Guide, Masks)
 
@@ -30,7 +30,7 @@ class Checkpoints:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._present = set(store.files(_FOLDER))
+        self._present = {file for file in store.files(_FOLDER) if file.endswith(_SUFFIX)}
 
     def take(self, image_id: str) -> Saved | None:
         """What an earlier run summed of an image; None where there is nothing that can be read."""
@@ -94,7 +94,7 @@ class Checkpoints:
 
 
 def _path(image_id: str) -> str:
-    return f"{_FOLDER}/{file_name(image_id)}.npz"
+    return f"{_FOLDER}/{file_name(image_id)}{_SUFFIX}"
 
 
 def _parse(content: bytes) -> Saved:

@@ -98,9 +98,11 @@ def demo(
     """Explain the bundled traffic signs with the bundled classifier on local Ray."""
     with one_line_errors():
         from mcrise_ray import demo as bundled
+        from mcrise_ray.errors import SpecError
         from mcrise_ray.jobspec import JobSpec
         from mcrise_ray.loading import ModelSpec
         from mcrise_ray.spec import ExplainSpec
+        from mcrise_ray.store import Store
 
         job = JobSpec(
             images=(str(bundled.MANIFEST),),
@@ -115,6 +117,12 @@ def demo(
             explain=ExplainSpec(masks=masks),
             actors=actors,
         )
+        there = (Store(output).read_json("job.json") or {}).get("spec", {}).get("model", {}).get("model")
+        if there not in {None, job.model.model}:
+            raise SpecError(
+                f"expected an output without results or with those of the demo, found a job with the model "
+                f"{there} in {output}; choose another --output"
+            )
         _run_and_report(job, log, overwrite=True)
 
 

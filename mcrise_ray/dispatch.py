@@ -71,6 +71,7 @@ class Ledger:
 
     Attributes:
         batch_size: of new calls; may be lowered on the way.
+        kept: see `Bookkeeping`.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Ledger:
         saved: Callable[[str], Saved | None] = lambda image_id: None,
     ) -> None:
         self.batch_size = batch_size
+        self.kept = 0
         self._images: Iterator[ImageRef] = iter(images)
         self._spec = spec
         self._saved = saved
@@ -250,6 +252,7 @@ class Ledger:
             self._inspecting[image] = worker
             self._inspectors.add(worker)
             return InspectTask(image)
+        self.kept += saved.state.masks(self._spec)
         self._begin(image, saved.inspection, saved.seconds, saved.state)
         return None
 

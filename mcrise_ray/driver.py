@@ -20,7 +20,7 @@ from rich.console import Console
 from mcrise_ray.access import token_for
 from mcrise_ray.errors import ClusterError, MCRiseError, SpecError
 from mcrise_ray.jobfiles import load_job
-from mcrise_ray.jobs import run_job
+from mcrise_ray.jobs import draw_figures, run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.progress import (
     LOG_VARIABLE,
@@ -66,10 +66,13 @@ def _run(file: str | None, reporter: ConsoleReporter | JsonReporter, retry_error
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         told = _metered(reporter) if address else reporter
         summary = run_job(job, told, retry_errors=retry_errors)
+        figures = draw_figures(job, reporter)
         reporter.note(
             f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
             f"{summary.masks} masks in {summary.seconds:.1f} s"
         )
+        if figures:
+            reporter.note(f"{len(figures)} figures, the first {figures[0]}")
         if summary.missed:
             reporter.note(f"{summary.missed} images have a larger relative error than was asked for")
         if summary.unpicked:

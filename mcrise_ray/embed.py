@@ -23,7 +23,7 @@ from mcrise_ray.errors import ImageError, ScoreError
 from mcrise_ray.identity import identity_of_name
 from mcrise_ray.images import ImageRef, read_image
 from mcrise_ray.reid import embeddings_of
-from mcrise_ray.store import ErrorRow
+from mcrise_ray.rows import ErrorRow
 
 _LEAST, _USUAL, _MOST = 64, 256, 512  # images of a chunk
 

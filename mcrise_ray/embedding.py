@@ -15,7 +15,7 @@ from mcrise_ray.dispatch import Ledger
 from mcrise_ray.embed import Chunk, GalleryRow
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE
 from mcrise_ray.images import ImageRef
-from mcrise_ray.store import ErrorRow
+from mcrise_ray.rows import ErrorRow
 from mcrise_ray.tasks import Call, Embedded, EmbedTask, Ended, Failure, Outcome, Saved, Task
 
 _BACKLOG = 16  # chunks that may wait to be written
@@ -84,6 +84,11 @@ class EmbeddingLedger:
     def seconds_per_unit(self) -> float:
         """See `Bookkeeping`: a unit is a chunk."""
         return self._seconds
+
+    @property
+    def kept(self) -> int:
+        """See `Bookkeeping`: those of its successor."""
+        return 0 if self._successor is None else self._successor.kept
 
     def successor(self) -> Ledger:
         """See `Bookkeeping`; waits until every chunk is committed."""

@@ -5,15 +5,17 @@ Axes: L targets; K fills; M maps of the method (K for MC-RISE, 1 for the two RIS
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Float64, UInt8
 
 from mcrise_ray.blend import Blender
-from mcrise_ray.errors import ImageError
+from mcrise_ray.errors import ImageError, TargetError
 from mcrise_ray.estimators import Scored, picked_unit, residual_unit
 from mcrise_ray.explanations import Explanation
 from mcrise_ray.guide import Choice, Guide, Picked, choose
@@ -137,7 +139,7 @@ def _summed(spec: ExplainSpec, size: tuple[int, int], work: Work, scored: Scored
 def explain(
     black_box: BlackBox,
     image: UInt8[np.ndarray, "H W 3"],
-    targets: int | Sequence[int] | None = None,
+    targets: SupportsIndex | Iterable[SupportsIndex] | None = None,
     spec: ExplainSpec | None = None,
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
@@ -174,10 +176,15 @@ def explain(
 
 
 def _chosen_targets(
-    targets: int | Sequence[int] | None, scores: Float64[np.ndarray, " C"]
+    targets: SupportsIndex | Iterable[SupportsIndex] | None, scores: Float64[np.ndarray, " C"]
 ) -> tuple[int, ...]:
     if targets is None:
         return (int(scores.argmax()),)
-    chosen = (targets,) if isinstance(targets, int) else tuple(int(target) for target in targets)
+    try:
+        chosen: tuple[int, ...] = (operator.index(targets),)  # type: ignore[arg-type]
+    except TypeError:
+        chosen = tuple(map(operator.index, targets))  # type: ignore[arg-type]
+    if not chosen:
+        raise TargetError("expected at least one target, found none")
     check_targets(chosen, len(scores))
     return chosen

@@ -160,7 +160,8 @@ def output_bytes(job: JobSpec, plan: Plan, probe: Probe) -> int:
 
 def seconds_needed(plan: Plan, probe: Probe, actors: int) -> float:
     """How long the job takes with so many actors like the one that was tried."""
-    return probe.load_seconds + plan.masks / (probe.masks_per_second * actors)
+    asked = plan.masks + ((plan.images + plan.gallery) if plan.gallery else 0)  # embedded, one by one
+    return probe.load_seconds + asked / (probe.masks_per_second * actors)
 
 
 def _probe(job: JobSpec, masks: int | None, seconds: float) -> Probe:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from itertools import chain
@@ -31,7 +31,7 @@ from mcrise_ray.embed import GalleryRow
 from mcrise_ray.errors import StoreError
 from mcrise_ray.identity import UNKNOWN, Identities
 from mcrise_ray.models import ModelFacts
-from mcrise_ray.store import ERROR_SCHEMA, ErrorRow
+from mcrise_ray.rows import ERROR_SCHEMA, ErrorRow, error_table
 
 _KEYS = ("image_id", "uri", "pid", "camid")
 _MENDED = "+"  # between the name of a chunk and the rest of that of a file with images of it that were mended
@@ -153,8 +153,7 @@ class GalleryStore:
         return [ErrorRow(**row) for batch in batches for row in batch.to_pylist()]
 
     def _write_errors(self, chunk: str, errors: Sequence[ErrorRow]) -> None:
-        table = pa.Table.from_pylist([asdict(error) for error in errors], schema=ERROR_SCHEMA)
-        self._write_table(f"errors/{chunk}.parquet", table)
+        self._write_table(f"errors/{chunk}.parquet", error_table(errors))
 
     def _write_rows(self, name: str, rows: Sequence[GalleryRow]) -> None:
         embeddings = np.concatenate([np.empty(0, np.float32), *(row.embedding for row in rows)])

@@ -15,12 +15,12 @@ import textwrap
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, get_args
-from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from mcrise_ray.access import refuse_secrets
 from mcrise_ray.errors import SpecError
 from mcrise_ray.files import is_url
 from mcrise_ray.images import IMAGE_FOLDER
@@ -50,8 +50,6 @@ _DEPENDING: Final = frozenset({"explain.p_mask", "explain.masks", "explain.color
 
 # Fields that hold part of another model, as free mappings.
 _PARTS: Final[dict[str, type[BaseModel]]] = {"model.preprocessing": Preprocessing}
-
-_SECRET_NAME = re.compile(r"token|secret|password|passwd|credential|api_?key|access_?key", re.IGNORECASE)
 
 
 def load_job(file: str | os.PathLike[str]) -> JobSpec:
@@ -88,26 +86,6 @@ def parse_job(values: Mapping[str, Any], folder: str | os.PathLike[str] = ".") -
     refuse_secrets(values)
     job: JobSpec = _built(_resolved(values, Path(folder).absolute()), JobSpec, "")
     return job
-
-
-def refuse_secrets(values: Mapping[str, Any]) -> None:
-    """Raise `SpecError` where a job holds a secret: jobs are shown, logged and stored with their results."""
-    for where, value in _leaves(values):
-        secret = _secret_in_url(value) if isinstance(value, str) and is_url(value) else None
-        # The name alone, because the value must not be shown.
-        name = where.rpartition(".")[2]
-        if where.startswith("model.args.") and names_secret(name) and isinstance(value, str):
-            secret = "a value"
-        if secret is not None:
-            raise SpecError(
-                f"{where}: expected no secrets, because a job is stored with its results, found {secret}; "
-                "set it as an environment variable, or in a file of credentials, where the workers run"
-            )
-
-
-def names_secret(name: str) -> bool:
-    """Whether a value of this name is likely to be one that nobody else may see."""
-    return _SECRET_NAME.search(name) is not None
 
 
 def example_job() -> str:
@@ -272,7 +250,7 @@ def _resolved_reid(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _absolute(location: str, folder: Path) -> str:
-    return location if is_url(location) else os.path.normpath(folder / location)
+    return location if is_url(location) else os.path.normpath(folder / os.path.expanduser(location))
 
 
 def _absolute_images(source: str, folder: Path) -> str:
@@ -291,25 +269,6 @@ def _absolute_model(model: str, folder: Path) -> str:
     if name.startswith("hf:") and local.is_dir():
         return f"hf:{os.path.normpath(local)}"
     return model
-
-
-def _leaves(values: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, Mapping):
-        for name, value in values.items():
-            yield from _leaves(value, f"{where}.{name}" if where else str(name))
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _leaves(value, where)
-    else:
-        yield where, values
-
-
-def _secret_in_url(url: str) -> str | None:
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
-        return "a user or a key in front of the host of a URL"
-    name = next((name for name, _ in parse_qsl(parts.query) if names_secret(name)), None)
-    return None if name is None else f"the option {name} of a URL"
 
 
 def _example(model: type[BaseModel], prefix: str, depth: int) -> Iterator[str]:

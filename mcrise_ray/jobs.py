@@ -10,6 +10,7 @@ from itertools import chain, islice, zip_longest
 
 import numpy as np
 
+from mcrise_ray.access import refuse_secrets
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.dispatch import Ledger
 from mcrise_ray.engine import Engine, Executor, Limits
@@ -24,7 +25,8 @@ from mcrise_ray.progress import GALLERY, Reporter
 from mcrise_ray.recorder import Counts, Recorder
 from mcrise_ray.reidjob import ReidJob
 from mcrise_ray.results import Results, read_results
-from mcrise_ray.store import Committed, MapRow, MatchRow, Store
+from mcrise_ray.rows import MapRow, MatchRow
+from mcrise_ray.store import Committed, Store
 from mcrise_ray.targets import check_source
 from mcrise_ray.worker import InProcess, Setup, Worker
 
@@ -92,6 +94,7 @@ def run_job(
         MCRiseError: the job cannot run at all: no images, no model, no output, no Ray; or the output belongs
             to another job.
     """
+    refuse_secrets(job.model_dump(mode="json"))
     source = ImageSource(job.images)
     check_source(job.targets, source)
     images, count = _count_if_short(source)

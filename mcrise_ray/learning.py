@@ -30,7 +30,7 @@ OPENING_FOLDS = 3  # of the first masks, each predicted by a guide of its own: m
 # pixels 140 times, a MobileNetV2 at 224 x 224 under ONNX Runtime 400, larger ones more.
 _CANDIDATES_IN_TIME = 200
 _FIRST_FRESH = 3 << 58  # the index of the first of the masks that the linear part is fitted on
-_FRESH_PER_FEATURE = 4  # of those
+_FRESH_PER_FEATURE, _FEWEST_FRESH = 4, 256  # of those
 # Of the variance that cross-fitted predictions leave, at most, or they are kept. On pure noise a guide hardly
 # ever seems to save a fifth, unless most scores are near 0: then in one of twenty cases.
 _WORTH = 0.8
@@ -186,7 +186,7 @@ def _fresh_features(
     spec: ExplainSpec, size: tuple[int, int], grid: tuple[int, int]
 ) -> tuple[Basis, Float64[np.ndarray, "N D"]]:
     """Masks that no model sees, the same for all images: on them predictions are made linear."""
-    count = _FRESH_PER_FEATURE * spec.K * grid[0] * grid[1]
+    count = max(_FRESH_PER_FEATURE * spec.K * grid[0] * grid[1], _FEWEST_FRESH)
     found = Features(spec, size, grid)(draw(spec, _FIRST_FRESH, _FIRST_FRESH + count))
     return Basis.of(count, found.sum(axis=0), found.T @ found), found
 

@@ -86,10 +86,15 @@ class Precision(StrictModel):
             return torch.bfloat16
         return torch.float16 if self.float16 else None
 
+    @property
+    def steps(self) -> str:
+        """What `named` makes the same of."""
+        return "+".join(step for step in STEPS if getattr(self, step)) or "float32"
+
     def __str__(self) -> str:
+        done = self.steps
         if self.is_float32:
-            return "float32"
-        done = "+".join(step for step in STEPS if getattr(self, step))
+            return done
         if self.speedup is None or self.difference is None:
             return done
         return (

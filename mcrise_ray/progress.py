@@ -40,6 +40,10 @@ class Reporter(Protocol):
         """Some masks have been scored."""
         ...
 
+    def masks_kept(self, masks: int) -> None:
+        """So many masks, in all, of images that are gone on with had been scored by earlier runs."""
+        ...
+
     def image_done(self, masks: int) -> None:
         """An image has been explained by so many masks."""
         ...
@@ -82,6 +86,9 @@ class Quiet:
     def masks_done(self, masks: int) -> None:
         """See `Reporter`."""
 
+    def masks_kept(self, masks: int) -> None:
+        """See `Reporter`."""
+
     def image_done(self, masks: int) -> None:
         """See `Reporter`."""
 
@@ -117,6 +124,7 @@ class _Pace:
     masks_per_image: int | None = 0
     earlier: int = 0
     masks: int = 0
+    kept: int = 0
     done_masks: int = 0
     first: float = 0.0
     first_masks: int = 0
@@ -153,12 +161,12 @@ class _Pace:
 
     @property
     def ended_masks(self) -> float:
-        """Of this run, those that images with errors will not need among them."""
-        return self.masks + self.failed * (self.usual_masks or 0)
+        """Of the images of this run, those that images with errors will not need among them."""
+        return self.masks + self.kept + self.failed * (self.usual_masks or 0)
 
     @property
     def all_masks(self) -> float | None:
-        """Of this run, as far as can be told."""
+        """Of the images of this run, as far as can be told."""
         each = self.usual_masks
         return (self.images - self.earlier) * each if self.images is not None and each else None
 
@@ -169,7 +177,7 @@ class _Pace:
         each = self.usual_masks
         if self.images is None or each is None or not masks or took < _LOG_EVERY:
             return None
-        to_do = (self.images - self.earlier - self.failed) * each - self.masks
+        to_do = (self.images - self.earlier - self.failed) * each - self.masks - self.kept
         return max(to_do, 0) * took / masks
 
 
@@ -202,6 +210,10 @@ class _Tracking(ABC):
         """See `Reporter`."""
         self._pace.score(masks)
         self._show()
+
+    def masks_kept(self, masks: int) -> None:
+        """See `Reporter`."""
+        self._pace.kept = masks
 
     def image_done(self, masks: int) -> None:
         """See `Reporter`."""

@@ -21,7 +21,8 @@ from mcrise_ray.lease import Lease
 from mcrise_ray.models import ModelFacts
 from mcrise_ray.plan import stages
 from mcrise_ray.progress import Reporter
-from mcrise_ray.store import Committed, ErrorRow, MapRow, MatchRow, Store
+from mcrise_ray.rows import ErrorRow, MapRow, MatchRow
+from mcrise_ray.store import Committed, Store
 from mcrise_ray.tasks import Ended, Failed, Finished, GalleryMatch, Query, Target
 from mcrise_ray.worker import Built
 
@@ -101,7 +102,8 @@ class Recorder:
         self._writer = ThreadPoolExecutor(1, "writer")
         self._backlog: deque[Future[None]] = deque()
         self._saved_seconds: dict[str, float] = {}
-        self._began = self._saved_at = self._progress_at = time.monotonic()
+        self._scoring: tuple[float, int] | None = None  # since when, and how many came at once then
+        self._saved_at = self._progress_at = time.monotonic()
 
     def built(self, built: Built) -> None:
         """See `Sink`."""
@@ -146,7 +148,10 @@ class Recorder:
 
     def masks_done(self, masks: int) -> None:
         """See `Sink`."""
+        if self._scoring is None:  # what came before was no pace of masks
+            self._scoring = time.monotonic(), masks
         self.counts.masks += masks
+        self._reporter.masks_kept(self._ledger.kept)
         self._reporter.masks_done(masks)
 
     def retried(self, reason: str, text: str) -> None:
@@ -235,7 +240,8 @@ class Recorder:
                 self._saved_seconds[image.image_id] = saved.seconds
 
     def _write_progress(self, state: str) -> None:
-        seconds = time.monotonic() - self._began
+        since, first = self._scoring or (time.monotonic(), 0)
+        seconds = time.monotonic() - since
         self._store.write_json(
             "progress.json",
             {
@@ -243,7 +249,7 @@ class Recorder:
                 "images_done": self.counts.images,
                 "errors": self.counts.errors,
                 "masks_done": self.counts.masks,
-                "masks_per_second": self.counts.masks / seconds if seconds > 0 else 0.0,
+                "masks_per_second": (self.counts.masks - first) / seconds if seconds > 0 else 0.0,
                 **self._reporter.outlook(),
                 **({"seconds_left": 0.0} if state == "done" else {}),  # images may have taken fewer masks
                 "relative_error": float(np.median(errors)) if (errors := self._relative_errors) else None,

@@ -123,6 +123,11 @@ class State:
     stage: int = 0
     guide: Guide | None = None
 
+    def masks(self, spec: ExplainSpec) -> int:
+        """How many have been scored."""
+        units = max(len(self.scores), self.units)
+        return unit(spec, units - 1).stop if units else 0
+
     @property
     def is_empty(self) -> bool:
         """Nothing has been done yet."""

@@ -32,7 +32,8 @@ from mcrise_ray.matching import Match, correct_ranks, find_matches
 from mcrise_ray.models import ModelFacts
 from mcrise_ray.progress import GALLERY
 from mcrise_ray.reidspec import ReidSpec
-from mcrise_ray.store import Committed, ErrorRow
+from mcrise_ray.rows import ErrorRow
+from mcrise_ray.store import Committed
 from mcrise_ray.tasks import GalleryMatch, Query, Saved
 
 _QUERIES = 256  # that are matched in one pass over the gallery

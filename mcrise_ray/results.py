@@ -12,7 +12,8 @@ import pyarrow.dataset
 import pyarrow.fs
 
 from mcrise_ray.errors import StoreError
-from mcrise_ray.store import ErrorRow, MapRow, MatchRow, is_part, resolve
+from mcrise_ray.rows import ErrorRow, MapRow, MatchRow
+from mcrise_ray.store import is_part, resolve
 
 
 class Results:

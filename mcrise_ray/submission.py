@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mcrise_ray import files
+from mcrise_ray.access import names_secret
 from mcrise_ray.errors import ClusterError, SpecError
 from mcrise_ray.jobserver import connect, errors_of
 from mcrise_ray.progress import LOG_VARIABLE, LogFormat
@@ -192,7 +193,7 @@ def submit_job(
         ClusterError: the cluster cannot be reached or refuses, or another job writes to the same output.
     """
     # Not at the top, because they load torch, which asking for a job's status need not wait for.
-    from mcrise_ray.jobfiles import load_job, names_secret, parse_job
+    from mcrise_ray.jobfiles import load_job, parse_job
 
     spec = load_job(job) if isinstance(job, str | os.PathLike) else parse_job(job.model_dump(mode="json"))
     for name in metadata or {}:

@@ -13,7 +13,7 @@ from mcrise_ray.explanations import Explanation
 from mcrise_ray.faults import Fault
 from mcrise_ray.images import ImageRef
 from mcrise_ray.reduction import Conclude, State, Work, WorkResult
-from mcrise_ray.store import ErrorRow
+from mcrise_ray.rows import ErrorRow
 
 
 @dataclass(frozen=True, eq=False)

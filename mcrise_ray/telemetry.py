@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ray.util.metrics import Counter, Gauge
 
-from mcrise_ray.progress import Reporter
+from mcrise_ray.progress import GALLERY, Reporter
 
 NAMES: Final = (
     "mcrise_masks",
@@ -53,6 +53,10 @@ class MeteredReporter:
             self._masks.inc(masks)
         self._inner.masks_done(masks)
 
+    def masks_kept(self, masks: int) -> None:
+        """See `Reporter`."""
+        self._inner.masks_kept(masks)
+
     def image_done(self, masks: int) -> None:
         """See `Reporter`."""
         self._images.inc(1, {"outcome": "done"})
@@ -60,7 +64,8 @@ class MeteredReporter:
 
     def image_failed(self, image_id: str, stage: str, message: str) -> None:
         """See `Reporter`."""
-        self._images.inc(1, {"outcome": "failed"})
+        # What is about a gallery is about none of the images of a job.
+        self._images.inc(1, {"outcome": "gallery" if stage == GALLERY else "failed"})
         self._inner.image_failed(image_id, stage, message)
 
     def retried(self, reason: str, text: str) -> None:

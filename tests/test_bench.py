@@ -215,6 +215,7 @@ def test_actors_are_measured_through_jobs(case: Case, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench, "run_job", finished)
     (ratio,) = bench.actors(case)
     assert [job.actors for job in jobs] == [1, 2, 2, 1]
+    assert {job.precision for job in jobs} == {case.execution.precision.steps}
     assert (ratio.ratio, ratio.first, ratio.second) == (2.0, 6.0, 3.0)
 
 

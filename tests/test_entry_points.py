@@ -165,6 +165,15 @@ def test_a_submitted_job_comes_from_the_environment(
     assert capsys.readouterr().out.count("error: expected a job in the environment variable MCRISE_JOB") == 2
 
 
+def test_a_submitted_job_draws_its_figures(
+    here: None, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(JOB.replace("figures: 0", "figures: 5"))
+    assert run_here(str(file)) == 0
+    assert len(list((file.parent / "out/figures").glob("*a.png*"))) == 1
+    assert "1 figures, the first" in capsys.readouterr().out
+
+
 def test_the_driver_tries_errors_again(file: Path) -> None:
     image = file.parent / "again" / "late.png"
     image.parent.mkdir()

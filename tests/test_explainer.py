@@ -130,6 +130,16 @@ def test_bad_black_boxes_are_named(box: object, error: type[Exception], message:
         mr.explain(box, IMAGE, 0, SPEC)
 
 
+@pytest.mark.parametrize("one", [np.int64(1), torch.tensor(1), 1, [np.int32(1)], np.array([1])])
+def test_a_target_may_be_any_kind_of_number(one: object) -> None:
+    assert mr.explain(channel_means, IMAGE, one, SPEC).targets == (1,)  # type: ignore[arg-type]
+
+
+def test_no_targets_are_refused() -> None:
+    with pytest.raises(errors.TargetError, match="expected at least one target, found none"):
+        mr.explain(channel_means, IMAGE, [], SPEC)
+
+
 @pytest.mark.parametrize("target", [3, -1])
 def test_a_target_out_of_range_is_named(target: int) -> None:
     with pytest.raises(errors.TargetError, match=f"from 0 to 2 .*found {target}"):

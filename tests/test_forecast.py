@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sized
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,8 @@ def test_the_plan_is_what_the_job_does(folder: Path, tmp_path: Path, monkeypatch
     stored = sum(row.map.nbytes + row.baseline.nbytes + row.standard_error.nbytes for row in results)
     assert output_bytes(spec, plan, probe) == stored * plan.rows / len(results)
     assert seconds_needed(plan, probe, 2) == pytest.approx(1 + 600 / 200)
+    embedded = replace(plan, gallery=998)
+    assert seconds_needed(embedded, probe, 2) == pytest.approx(1 + (600 + 2 + 998) / 200)
 
 
 def test_a_long_listing_is_cut_short_and_says_so(folder: Path, tmp_path: Path) -> None:

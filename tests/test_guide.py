@@ -701,7 +701,7 @@ def test_an_image_goes_on_from_what_is_kept_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved after every step, and read back: scores of masks picked from few or many, and the guide."""
-    monkeypatch.setattr(learning, "_candidates", lambda bend, _: 8 << int(1e9 * np.abs(bend).sum()) % 3)
+    monkeypatch.setattr(learning, "_candidates", lambda bend, _: 8 << int(1e8 * np.abs(bend).sum()) % 3)
     spec = spec_of("mc-rise", "red,blue", masks=1024)
     targets = (Target(0, "one", "truth", 0.25),)
     inspection = Inspection(targets, SMALL, 0.5, (9, 9))

@@ -111,6 +111,16 @@ def test_a_dumped_job_loads_to_itself(tmp_path: Path, suffix: str) -> None:
     assert load_job(write(tmp_path, text, f"again.{suffix}")) == job
 
 
+def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "images: [~/data, 'imagefolder:~/train']\noutput: ~/results\n"
+    text += "model: {model: 'm:f', weights: ~/w.pth}\n"
+    (tmp_path / "job.yaml").write_text(text)
+    job = load_job(tmp_path / "job.yaml")
+    assert job.images == ("/home/me/data", "imagefolder:/home/me/train")
+    assert (job.output, job.model.weights) == ("/home/me/results", "/home/me/w.pth")
+
+
 def test_paths_start_at_the_folder_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "vit").mkdir()

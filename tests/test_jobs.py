@@ -359,6 +359,52 @@ def test_overwriting_waits_until_the_new_job_can_start(folder: Path, tmp_path: P
     assert (tmp_path / "out" / "mine.txt").exists()
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_overwriting_removes_what_a_job_has_made_and_nothing_else(
+    folder: Path, tmp_path: Path, again: bool
+) -> None:
+    out, spec = tmp_path / "out", job(folder, tmp_path / "out", figures=2)
+    if again:
+        run_job(spec, Silent())
+        jobs.draw_figures(spec, Silent())
+    mine = [
+        out / name for name in ("figures/fig1.tex", "maps/mine.geojson", "errors/README", "partial/x.txt")
+    ]
+    mine += [] if again else [out / "figures/fig1.png"]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    old = [*out.rglob("part-*"), *out.glob("figures/*.png")] if again else []
+    run_job(job(folder / "deep", out), Silent(), overwrite=True)
+    assert all(path.read_text() == "mine" for path in mine)
+    assert not any(path.exists() for path in old)
+    assert {image_id for image_id, _ in maps(out)} == {"b.jpg", "er/c.bmp"}
+
+
+def test_the_demo_overwrites_no_job_of_yours(folder: Path, tmp_path: Path) -> None:
+    run_job(job(folder, tmp_path / "out"), Silent())
+    done = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "or with those of the demo, found a job with the model blackboxes:small_network" in done.stderr
+    assert len(maps(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": NETWORK.model_copy(update={"args": {"api_key": "hunter2"}})},
+        {"images": ("imagefolder:s3://AKIA:hunter2@bucket/x",)},
+        {"output": "s3://AKIA:hunter2@bucket/out"},
+    ],
+)
+def test_no_job_with_a_secret_is_run(folder: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    spec = JobSpec(**{**job(folder, tmp_path / "out").model_dump(), **changes})
+    with pytest.raises(errors.SpecError, match="expected no secrets") as refusal:
+        run_job(spec, Silent())
+    assert "hunter2" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failing_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(str(tmp_path / "out"))
 

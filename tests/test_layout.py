@@ -56,6 +56,7 @@ ORDER = [
     "batching",
     "precision",
     "tuning",
+    "rows",
     "store",
     "results",
     "faults",
@@ -97,7 +98,7 @@ ORDER = [
 
 ALLOWED = {
     "ray": {"cluster", "jobs", "driver", "jobserver", "telemetry"},
-    "pyarrow": {"store", "results", "files", "shards", "gallery"},
+    "pyarrow": {"rows", "store", "results", "files", "shards", "gallery"},
 }
 
 

@@ -85,6 +85,19 @@ def test_errors_name_their_image_once(clock: Clock, image_id: str, message: str,
     assert text.getvalue().splitlines() == [told]
 
 
+def test_what_earlier_runs_had_scored_is_not_left_to_do(clock: Clock) -> None:
+    text = io.StringIO()
+    with ConsoleReporter(Console(file=text, width=200)) as reporter:
+        reporter.start(1, 1000)
+        reporter.masks_kept(900)
+        reporter.masks_done(10)
+        clock.seconds += 10
+        reporter.masks_done(40)
+        assert reporter.outlook() == {"images_total": 1, "seconds_left": 12.5}
+    assert "50 masks" in text.getvalue()
+    assert "95.0%, 12 s left" in text.getvalue()
+
+
 def test_errors_of_a_gallery_are_no_images(clock: Clock) -> None:
     text = io.StringIO()
     reporter = JsonReporter(text)

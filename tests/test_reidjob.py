@@ -30,7 +30,7 @@ from mcrise_ray.faults import Fault, FaultKind
 from mcrise_ray.gallery import GalleryStore
 from mcrise_ray.jobs import Summary, draw_figures, run_job
 from mcrise_ray.progressfile import read_progress
-from mcrise_ray.store import MatchRow
+from mcrise_ray.rows import MatchRow
 from mcrise_ray.tasks import Call, EmbedTask, Reply
 from mcrise_ray.worker import InProcess, Worker
 

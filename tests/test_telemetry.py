@@ -69,6 +69,9 @@ class Recorded(Quiet):
     def note(self, text: str) -> None:
         self.told.append(("note", text))
 
+    def masks_kept(self, masks: int) -> None:
+        self.told.append(("masks_kept", masks))
+
     def job_ended(self, state: str, facts: dict[str, Any]) -> None:
         self.told.append(("job_ended", state, facts))
 
@@ -80,6 +83,7 @@ def test_everything_is_passed_on() -> None:
     reporter.start(3, 100, 1)
     reporter.masks_done(0)
     reporter.masks_done(5)
+    reporter.masks_kept(7)
     reporter.image_done(100)
     reporter.image_failed("a.png", "read", "damaged")
     reporter.retried("node died", "it is gone")
@@ -90,6 +94,7 @@ def test_everything_is_passed_on() -> None:
     assert inner.told == [
         ("masks_done", 0),
         ("masks_done", 5),
+        ("masks_kept", 7),
         ("image_done", 100),
         ("image_failed", "a.png", "read", "damaged"),
         ("retried", "node died", "it is gone"),
