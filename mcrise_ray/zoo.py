@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,12 +28,17 @@ from mcrise_ray.loading import (
     ready,
     whole_number,
 )
+from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.scores import Classifier
 
 _PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 _TRANSFORMED = {"googlenet", "inception_v3"}  # by `transform_input`, which is no part of their weights
+
+
+_PROCESSED = {"size", "resize", "shorter_side", "mean", "std", "interpolation"}
+_PROCESSED_ALIKE = 0.05  # of inputs whose spread is about 1; roundings to bytes are a tenth of it
 
 
 def load_torchvision(spec: ModelSpec, device: torch.device) -> Loaded:
@@ -116,10 +122,9 @@ def load_huggingface(spec: ModelSpec, device: torch.device) -> Loaded:
         ) from error
     labels = network.config.id2label
     multi_label = network.config.problem_type == "multi_label_classification"
-    fields = {
-        "activation": "sigmoid" if multi_label else "softmax",
-        **_processor_fields(transformers, name, spec),
-    }
+    processing = _processor_fields(transformers, name, spec)
+    _check_processor(transformers, name, processing, spec)
+    fields = {"activation": "sigmoid" if multi_label else "softmax", **processing}
     names = tuple(str(labels[index]) for index in sorted(labels))
     return Loaded(ready(network, device), fields, device, names)
 
@@ -229,7 +234,8 @@ def _timm_class_names(timm: Any, network: nn.Module) -> tuple[str, ...]:
 def _processor_fields(transformers: Any, name: str, spec: ModelSpec) -> dict[str, Any]:
     """What an image processor says, in our terms."""
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name).to_dict()
+        loaded = transformers.AutoImageProcessor.from_pretrained(name)
+        processor = loaded.to_dict()
     except (OSError, ValueError) as error:
         if {"size", "mean", "std"} <= spec.preprocessing.keys():
             return {}
@@ -237,6 +243,11 @@ def _processor_fields(transformers: Any, name: str, spec: ModelSpec) -> dict[str
             f"cannot load an image processor from hf:{name}: {first_line(error)}; "
             "say --size, --mean and --std instead"
         ) from error
+    if processor.get("do_flip_channel_order"):
+        raise ModelError(
+            f"expected a network that reads RGB, found hf:{name}, which reads BGR; use a factory whose "
+            "network flips the channels: images[:, [2, 1, 0]]"
+        )
     fields = _processor_size(processor, name, spec)
     if "interpolation" not in spec.preprocessing and processor.get("do_resize", True):
         filter_ = int(processor.get("resample", 2))
@@ -246,12 +257,42 @@ def _processor_fields(transformers: Any, name: str, spec: ModelSpec) -> dict[str
     # v = scale * rgb - offset, then (v - mean) / std, with rgb in [0, 1]
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     scale, offset = 255 * factor, float(processor.get("rescale_offset") or 0)
-    normalises = processor.get("do_normalize", True) and processor.get("image_mean") is not None
+    # What is None there is left out of the dictionary.
+    normalises = processor.get("do_normalize", getattr(loaded, "do_normalize", True))
+    normalises = normalises and processor.get("image_mean") is not None
     mean = processor["image_mean"] if normalises else (0.0, 0.0, 0.0)
     std = processor["image_std"] if normalises else (1.0, 1.0, 1.0)
     fields["mean"] = tuple((value + offset) / scale for value in mean)
-    fields["std"] = tuple(value / scale for value in std)
+    # An EfficientNet's divides by it twice where `include_top` says so.
+    times = 2 if normalises and processor.get("include_top") else 1
+    fields["std"] = tuple(value**times / scale for value in std)
     return fields
+
+
+def _check_processor(transformers: Any, name: str, fields: dict[str, Any], spec: ModelSpec) -> None:
+    """Compare what comes of an image with what the processor makes of it: there are many, each with its ways.
+
+    Raises:
+        ModelError: they differ by more than roundings, and nothing was said by which they may.
+    """
+    if not fields or _PROCESSED & spec.preprocessing.keys():
+        return
+    y, x = np.mgrid[0:480, 0:640]
+    image = np.stack([x * 255 / 640, y * 255 / 480, (x + y) * 255 / 1120], axis=2).astype(np.uint8)
+    record = Preprocessing(**fields)
+    mean, std = (np.array(values)[:, None, None] for values in (record.mean, record.std))
+    ours = (record.prepare(image).transpose(2, 0, 1) / 255 - mean) / std
+    processor = transformers.AutoImageProcessor.from_pretrained(name)
+    theirs = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])[0]
+    # One that keeps proportions has more at the sides.
+    top, left = ((there - here) // 2 for there, here in zip(theirs.shape[1:], ours.shape[1:], strict=True))
+    theirs = theirs[:, max(top, 0) :, max(left, 0) :][:, : ours.shape[1], : ours.shape[2]]
+    apart = float(np.sqrt(((ours - theirs) ** 2).mean())) if ours.shape == theirs.shape else math.inf
+    if not apart <= _PROCESSED_ALIKE:
+        raise ModelError(
+            f"expected to prepare images as hf:{name} does, found inputs that differ by {apart:.2g} from "
+            f"those of {type(processor).__name__}; say --size, --resize, --mean and --std, or use a factory"
+        )
 
 
 def _processor_size(processor: dict[str, Any], name: str, spec: ModelSpec) -> dict[str, Any]:
@@ -260,6 +301,10 @@ def _processor_size(processor: dict[str, Any], name: str, spec: ModelSpec) -> di
         crop = {}
     shorter = size.get("shortest_edge")
     if crop and shorter:
+        if "Levit" in processor.get("image_processor_type", ""):
+            shorter = int(256 / 224 * shorter)
+        elif "PoolFormer" in processor.get("image_processor_type", ""):
+            shorter = int(shorter / processor["crop_pct"])
         return {"size": _sides(crop), "resize": "crop", "shorter_side": shorter}
     if "height" in size and not crop:
         return {"size": _sides(size), "resize": "stretch"}

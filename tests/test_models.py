@@ -384,6 +384,49 @@ def test_image_processors_in_our_terms(processor: dict, expected: dict) -> None:
         assert fields[name] == pytest.approx(value) if name in {"mean", "std"} else fields[name] == value
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("ViT", {}),
+        ("ConvNext", {}),
+        ("ConvNext", {"size": {"shortest_edge": 224}}),
+        ("Bit", {}),
+        ("CLIP", {}),
+        ("EfficientNet", {}),
+        ("EfficientNet", {"include_top": False}),
+        ("Levit", {}),
+        ("PoolFormer", {}),
+        ("MobileNetV2", {}),
+        ("ViT", {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [255.0] * 3}),
+    ],
+)
+def test_images_are_prepared_as_by_their_processor(kind: str, settings: dict, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    getattr(transformers, f"{kind}ImageProcessor")(**settings).save_pretrained(tmp_path)
+    spec = mr.ModelSpec(model=f"hf:{tmp_path}")
+    fields = zoo._processor_fields(transformers, str(tmp_path), spec)
+    zoo._check_processor(transformers, str(tmp_path), fields, spec)
+
+
+def test_a_processor_that_does_something_else_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    odd = transformers.ViTImageProcessor(do_resize=False, size={"height": 99, "width": 99})
+    odd.save_pretrained(tmp_path)
+    spec = mr.ModelSpec(model=f"hf:{tmp_path}")
+    fields = zoo._processor_fields(transformers, str(tmp_path), spec)
+    with pytest.raises(ModelError, match=r"differ by .* from those of ViTImageProcessor.*; say --size"):
+        zoo._check_processor(transformers, str(tmp_path), fields, spec)
+    said = spec.model_copy(update={"preprocessing": {"size": (224, 224)}})
+    zoo._check_processor(transformers, str(tmp_path), fields, said)
+
+
+def test_a_processor_that_flips_channels_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.MobileViTImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"which reads BGR; use a factory"):
+        zoo._processor_fields(transformers, str(tmp_path), mr.ModelSpec(model=f"hf:{tmp_path}"))
+
+
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_weights_that_do_not_say_how_they_were_normalised(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=rf"{name}: expected --mean and --std beside --weights"):
