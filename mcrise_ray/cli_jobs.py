@@ -134,7 +134,9 @@ def submit(
         if retry_errors and not submitted.is_new:
             print("errors are not tried again by a job that runs already; submit it again when it has ended")
         if not follow:
-            print(f"next: mcrise status {submitted.id}, or logs --follow, or stop")
+            ended = before.endswith("SUCCEEDED")
+            others = "submit --retry-errors or --again" if ended else "logs --follow, or stop"
+            print(f"next: mcrise status {submitted.id}, or {others}")
             return
         _print_log(submitted)
         if submitted.wait().state != "SUCCEEDED":
@@ -186,7 +188,10 @@ def list_submitted(address: Address = None, insecure: Insecure = False) -> None:
     with one_line_errors():
         from mcrise_ray.submission import list_jobs
 
-        for found in list_jobs(address, insecure=insecure):
+        jobs = list_jobs(address, insecure=insecure)
+        if not jobs:
+            print("no jobs")
+        for found in jobs:
             print(f"{found.id:26} {found.state:10} {_when(found.started):16} {found.output}")
 
 

@@ -71,6 +71,8 @@ def _run(file: str | None, reporter: ConsoleReporter | JsonReporter, retry_error
             f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps, "
             f"{summary.masks} masks in {summary.seconds:.1f} s"
         )
+        if summary.errors:
+            reporter.note(f"errors are in {job.output}/errors; submit --retry-errors tries them again")
         if figures:
             reporter.note(f"{len(figures)} figures, the first {figures[0]}")
         if summary.missed:

@@ -99,6 +99,11 @@ def run_job(
     check_source(job.targets, source)
     images, count = _count_if_short(source)
     store = Store(job.output)
+    if "identity" not in (store.read_json("job.json") or {"identity": None}):
+        raise StoreError(
+            f"expected an output of this job's own, found a job.json in {job.output} that no job of mcrise "
+            "has written; choose another output"
+        )
     lease = Lease(store)
     try:
         committed = Committed.nothing() if overwrite else _committed(job, store)
@@ -213,7 +218,8 @@ def _committed(job: JobSpec, store: Store) -> Committed:
     if differing:
         raise StoreError(
             f"expected an output without results or with those of the same job, found in {job.output} a job "
-            f"with other settings ({'; '.join(differing)}); choose another --output, or say --overwrite"
+            f"with other settings ({'; '.join(differing)}); choose another --output, or say "
+            "--overwrite where the job is not submitted"
         )
     return store.committed()
 

@@ -65,7 +65,7 @@ class Committed:
 
 def is_part(path: str) -> bool:
     """Whether a file in `maps/` or `errors/` is one of ours, by its name."""
-    return re.search(r"/part-\d+[^/]*\.parquet$", path) is not None
+    return re.search(r"/part-\d{6,}-[0-9a-f]{8}\.parquet$", path) is not None
 
 
 class Store:

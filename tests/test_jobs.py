@@ -368,17 +368,26 @@ def test_overwriting_removes_what_a_job_has_made_and_nothing_else(
         run_job(spec, Silent())
         jobs.draw_figures(spec, Silent())
     mine = [
-        out / name for name in ("figures/fig1.tex", "maps/mine.geojson", "errors/README", "partial/x.txt")
+        out / name for name in ("figures/fig1.tex", "maps/part-0.parquet", "errors/README", "partial/x.txt")
     ]
     mine += [] if again else [out / "figures/fig1.png"]
     for path in mine:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
-    old = [*out.rglob("part-*"), *out.glob("figures/*.png")] if again else []
+    old = [*out.rglob("part-*-*"), *out.glob("figures/*.png")] if again else []
     run_job(job(folder / "deep", out), Silent(), overwrite=True)
     assert all(path.read_text() == "mine" for path in mine)
     assert not any(path.exists() for path in old)
     assert {image_id for image_id, _ in maps(out)} == {"b.jpg", "er/c.bmp"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_job_file_of_others_is_left_alone(folder: Path, tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "job.json").write_text('{"mine": true}')
+    with pytest.raises(errors.StoreError, match=r"found a job.json in .* that no job of mcrise has written"):
+        run_job(job(folder, tmp_path), Silent(), overwrite=overwrite)
+    assert (tmp_path / "job.json").read_text() == '{"mine": true}'
+    assert not (tmp_path / "maps").exists()
 
 
 def test_the_demo_overwrites_no_job_of_yours(folder: Path, tmp_path: Path) -> None:

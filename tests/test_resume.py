@@ -354,7 +354,7 @@ def test_other_files_beside_the_results_do_no_harm(folder: Path, tmp_path: Path)
     for name in ("maps", "errors"):
         (tmp_path / "out" / name).mkdir(exist_ok=True)
         (tmp_path / "out" / name / ".DS_Store").write_bytes(b"Bud1")
-        (tmp_path / "out" / name / "mine.parquet").write_bytes(b"PAR1")
+        (tmp_path / "out" / name / "part-0.parquet").write_bytes(b"PAR1")
     assert run(job(folder, tmp_path / "out")).earlier == 5
     results = mr.read_results(str(tmp_path / "out"))
     assert (len(results), len(results.errors)) == (8, 1)
