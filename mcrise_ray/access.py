@@ -20,7 +20,10 @@ from urllib.parse import parse_qsl, urlsplit
 from mcrise_ray.errors import ClusterError, SpecError
 
 _log = logging.getLogger(__name__)
-_SECRET_NAME = re.compile(r"token|secret|password|passwd|credential|api_?key|access_?key", re.IGNORECASE)
+# Networks count tokens and have tokenizers.
+_SECRET_NAME = re.compile(
+    r"token(?!s$|i[sz]e)|secret|password|passwd|credential|api_?key|access_?key", re.IGNORECASE
+)
 
 
 def token_path() -> Path:

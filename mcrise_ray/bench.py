@@ -60,7 +60,7 @@ class BenchSpec(StrictModel):
         precision, batch_size: see `mcrise_ray.tuning.settle`.
         threads: of torch; as many as there are cores by default.
         parts: in this order.
-        repeats: pairs of runs of which the median is taken.
+        repeats: pairs of runs, in every other of which B goes first; see `Ratio`.
         seeds: whose standard errors are taken together, for times to equal error; 0 measures none. Where most
             scores are near 0, a single one may find half the variance.
         images: of the jobs of `actors`.

@@ -283,7 +283,12 @@ def _check_processor(transformers: Any, name: str, fields: dict[str, Any], spec:
     mean, std = (np.array(values)[:, None, None] for values in (record.mean, record.std))
     ours = (record.prepare(image).transpose(2, 0, 1) / 255 - mean) / std
     processor = transformers.AutoImageProcessor.from_pretrained(name)
-    theirs = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])[0]
+    try:
+        theirs = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])[0]
+    except Exception as error:
+        raise ModelError(
+            f"cannot ask the image processor of hf:{name}: {first_line(error)}; say --size, --mean and --std"
+        ) from error
     # One that keeps proportions has more at the sides.
     top, left = ((there - here) // 2 for there, here in zip(theirs.shape[1:], ours.shape[1:], strict=True))
     theirs = theirs[:, max(top, 0) :, max(left, 0) :][:, : ours.shape[1], : ours.shape[2]]

@@ -246,9 +246,10 @@ def test_secrets_are_refused_and_not_repeated(change: dict, where: str) -> None:
 def test_what_only_looks_like_a_secret_passes() -> None:
     changes = {
         "images": ["s3://bucket/a@b.png?endpoint_override=localhost:9000", "tokens/secret.png"],
-        "model": {"model": "m:f", "args": {"tokens": 77}},
+        "model": {"model": "m:f", "args": {"tokens": 77, "num_tokens": "16", "tokenizer": "bpe"}},
     }
-    assert parse_job({**SMALL, **changes}).model.args == {"tokens": 77}
+    args = {"tokens": 77, "num_tokens": "16", "tokenizer": "bpe"}  # on the command line all are text
+    assert parse_job({**SMALL, **changes}).model.args == args
 
 
 # What a job may use.
