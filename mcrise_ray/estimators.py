@@ -21,10 +21,11 @@ from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.threads import one_blas_thread
 from mcrise_ray.variates import CHUNK, FIRST_FRESH, FRESH_PER_MASK, Features, Fit, fresh
 
-Scored = Float64[np.ndarray, "N L"] | Picked  # what came of asking the model about one unit
+# What came of asking the model about one unit: columns are the targets, then the other classes asked for.
+Scored = Float64[np.ndarray, "_ columns"] | Picked
 
 
-def scores_of(scored: Scored) -> Float64[np.ndarray, "N L"]:
+def scores_of(scored: Scored) -> Float64[np.ndarray, "_ columns"]:
     """The scores alone."""
     return scored.scores if isinstance(scored, Picked) else scored
 

@@ -118,7 +118,7 @@ class Choice:
 class Picked(Choice):
     """A choice, with the scores of the masks picked: of the targets, then of their rivals."""
 
-    scores: Float64[np.ndarray, "N L+R"]
+    scores: Float64[np.ndarray, "N columns"]
 
 
 def candidates(spec: ExplainSpec, unit: Unit, each: int) -> Masks:

@@ -91,7 +91,7 @@ class Windows:
         shape: (Y, K, X).
     """
 
-    right: Float32[Tensor, "W V+2 S"]
+    right: Float32[Tensor, "W rows S"]
     mixed: Float32[Tensor, "K K"]
     stretched: Float32[Tensor, "Y 1 X 1"]
     widths: Float32[Tensor, "W 1 1"]

@@ -57,7 +57,7 @@ def learn(
     spec: ExplainSpec,
     size: tuple[int, int],
     masks: Masks,
-    scores: Float64[np.ndarray, "N L+R"],
+    scores: Float64[np.ndarray, "N columns"],
     rivals: tuple[int, ...] = (),
     left: Float64[np.ndarray, "N L"] | None = None,
     device: torch.device | str = "cpu",
@@ -172,8 +172,8 @@ def find_rivals(everything: Float64[np.ndarray, "N classes"], targets: Sequence[
 
 
 def _logarithms(
-    share: Float64[np.ndarray, "N L"], scores: Float64[np.ndarray, "N L+R"]
-) -> Float64[np.ndarray, "N L+R+1"]:
+    share: Float64[np.ndarray, "N L"], scores: Float64[np.ndarray, "N columns"]
+) -> Float64[np.ndarray, "N columns+1"]:
     """Of the probabilities, and of all others together; from their mean, as logits of a softmax are known."""
     others = np.append(scores[:, share.shape[1] :], 1 - scores.sum(axis=1, keepdims=True), axis=1)
     logs = np.log(np.append(share, np.clip(others, _SMALLEST, 1), axis=1))

@@ -9,8 +9,9 @@ import jaxtyping
 
 # Before anything else imports them: every shape in a signature of the numerics becomes a check.
 _NUMERICS = (
-    *("masks", "blend", "regression", "variates", "saliency", "scores", "models", "explainer"),
-    *("reid", "identity", "matching", "embedders"),
+    *("masks", "blend", "regression", "variates", "kernel_regression", "kernels", "guide", "learning"),
+    *("saliency", "estimators", "explanations", "scores", "models", "pipeline", "explainer"),
+    *("preprocess", "decode", "tuning", "reid", "identity", "matching", "embedders"),
 )
 _hook = jaxtyping.install_import_hook([f"mcrise_ray.{name}" for name in _NUMERICS], "beartype.beartype")
 
