@@ -118,8 +118,15 @@ def run_job(
             first = next(iter(ImageSource(job.images)))  # the rest of the job is left
         if first is None:
             reporter.note(f"all {len(committed)} images are done already in {job.output}")
-            done = len(committed.explained), len(committed.failed), committed.rows
-            summary = Summary(*done, 0, 0.0, len(committed), retrieval=_retrieval(store))
+            summary = Summary(
+                images=len(committed.explained),
+                errors=len(committed.failed),
+                rows=committed.rows,
+                masks=0,
+                seconds=0.0,
+                earlier=len(committed),
+                retrieval=_retrieval(store),
+            )
             reporter.job_ended("done", {key: getattr(summary, key) for key in asdict(Counts())})
             return summary
         if len(committed):
@@ -190,18 +197,12 @@ def _run(
     recorder.close("done", faults=asdict(tally), **told)
     counts = recorder.counts
     return Summary(
-        counts.images,
-        counts.errors,
-        counts.rows,
-        counts.masks,
-        time.monotonic() - began,
-        counts.earlier,
-        tally.retries,
-        tally.replaced,
-        tally.halved,
-        counts.missed,
-        counts.unpicked,
-        retrieval,
+        **vars(counts),
+        seconds=time.monotonic() - began,
+        retries=tally.retries,
+        replaced=tally.replaced,
+        halved=tally.halved,
+        retrieval=retrieval,
     )
 
 
@@ -257,17 +258,17 @@ def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
     masks = None if images is None else images * job.explain.masks // max(1, job.fewest_actors)
     threads = None if job.actors == 0 else job.cpus_per_actor
     return Setup(
-        job.model,
-        job.explain,
-        job.targets,
-        job.decode,
-        job.precision,
-        job.batch_size,
-        threads,
-        masks,
-        sample,
-        job.reid,
-        job.gpus_per_actor,
+        model=job.model,
+        spec=job.explain,
+        targets=job.targets,
+        decode=job.decode,
+        precision=job.precision,
+        batch_size=job.batch_size,
+        threads=threads,
+        masks=masks,
+        sample=sample,
+        reid=job.reid,
+        gpus=job.gpus_per_actor,
     )
 
 

@@ -121,9 +121,24 @@ def learn(
             return None
     line = ridge(basis, fresh, best, np.ones(len(fresh), dtype=bool))
     bend = best - line.means - fresh @ line.slopes.T
-    measure = metric.scale, metric.by_patch, metric.by_fill
-    found = len(masks), masks[few], grid, *measure, condensed, constants, lines, mix, rivals, spread
-    return Guide(*found, line.means, line.slopes, variance, _candidates(bend, mine))
+    return Guide(
+        learnt=len(masks),
+        centres=masks[few],
+        patches=grid,
+        scale=metric.scale,
+        by_patch=metric.by_patch,
+        by_fill=metric.by_fill,
+        weights=condensed,
+        constants=constants,
+        lines=lines,
+        mix=mix,
+        rivals=rivals,
+        spread=spread,
+        means=line.means,
+        slopes=line.slopes,
+        variance=variance,
+        candidates=_candidates(bend, mine),
+    )
 
 
 def learn_by_fold(

@@ -10,7 +10,7 @@ points of a coarse lattice, or patches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -96,15 +96,15 @@ class UnitSums:
         """The sums over so many masks, with what was predicted of their scores (see `Partial`)."""
         targets = len(self._score_sum)
         return Partial(
-            masks,
-            float(masks) if weight is None else weight,
-            float(masks) if squared_weight is None else squared_weight,
-            self._size,
-            self._score_sum,
-            self._buckets,
-            self._squares,
-            np.zeros(targets) if means is None else means,
-            np.zeros((targets, 0, self._spec.K, 0)) if slopes is None else slopes,
+            masks=masks,
+            weight=float(masks) if weight is None else weight,
+            squared_weight=float(masks) if squared_weight is None else squared_weight,
+            size=self._size,
+            scores=self._score_sum,
+            buckets=self._buckets,
+            squares=self._squares,
+            means=np.zeros(targets) if means is None else means,
+            slopes=np.zeros((targets, 0, self._spec.K, 0)) if slopes is None else slopes,
         )
 
 
@@ -150,31 +150,28 @@ class Partial:
         """The sums over both; floating point makes the order matter, so units are combined by index."""
         if not self.masks:
             return other
-        return Partial(
-            self.masks + other.masks,
-            self.weight + other.weight,
-            self.squared_weight + other.squared_weight,
-            self.size,
-            self.scores + other.scores,
-            self.buckets + other.buckets,
-            self.squares + other.squares,
-            self.means + other.means,
-            self.slopes + other.slopes,
+        return replace(
+            self,
+            masks=self.masks + other.masks,
+            weight=self.weight + other.weight,
+            squared_weight=self.squared_weight + other.squared_weight,
+            scores=self.scores + other.scores,
+            buckets=self.buckets + other.buckets,
+            squares=self.squares + other.squares,
+            means=self.means + other.means,
+            slopes=self.slopes + other.slopes,
         )
 
     def of_target(self, place: int) -> Partial:
         """The sums of one target alone."""
         one = slice(place, place + 1)
-        return Partial(
-            self.masks,
-            self.weight,
-            self.squared_weight,
-            self.size,
-            self.scores[one],
-            self.buckets[one],
-            self.squares[one],
-            self.means[one],
-            self.slopes[one],
+        return replace(
+            self,
+            scores=self.scores[one],
+            buckets=self.buckets[one],
+            squares=self.squares[one],
+            means=self.means[one],
+            slopes=self.slopes[one],
         )
 
     def finalize(self, spec: ExplainSpec, dtype: torch.dtype = torch.float64) -> Maps:
