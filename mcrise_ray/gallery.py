@@ -11,7 +11,6 @@ Axes: N gallery images; D dimensions of an embedding.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +31,7 @@ from mcrise_ray.errors import StoreError
 from mcrise_ray.identity import UNKNOWN, Identities
 from mcrise_ray.models import ModelFacts
 from mcrise_ray.rows import ERROR_SCHEMA, ErrorRow, error_table
+from mcrise_ray.store import resolve
 
 _KEYS = ("image_id", "uri", "pid", "camid")
 _MENDED = "+"  # between the name of a chunk and the rest of that of a file with images of it that were mended
@@ -84,14 +84,7 @@ class GalleryStore:
 
     def __init__(self, location: str) -> None:
         self.location = location
-        try:
-            if files.is_url(location):
-                self._filesystem, path = pa.fs.FileSystem.from_uri(location)
-                self._root = path.rstrip("/")
-            else:
-                self._filesystem, self._root = pa.fs.LocalFileSystem(), os.path.abspath(location)
-        except (OSError, ValueError) as error:
-            raise StoreError(f"cannot open {location}: {error}; check --gallery") from error
+        self._filesystem, self._root = resolve(location, "--gallery-store")
 
     def begin(self, facts: ModelFacts) -> None:
         """Make sure that all of the gallery is embedded by this model, or that it is empty.
@@ -257,7 +250,7 @@ class GalleryStore:
         try:
             found = self._filesystem.get_file_info(selector)
         except OSError as error:
-            raise StoreError(f"cannot look into {self.location}: {error}; check --gallery") from error
+            raise StoreError(f"cannot look into {self.location}: {error}; check --gallery-store") from error
         return [file.path for file in found if file.path.endswith(".parquet")]
 
     def _read_json(self) -> dict[str, Any] | None:

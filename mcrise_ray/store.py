@@ -27,6 +27,7 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet
 
+from mcrise_ray import files
 from mcrise_ray.errors import StoreError
 from mcrise_ray.rows import ErrorRow, MapRow, error_table, map_table
 
@@ -181,7 +182,7 @@ class Store:
 
     def write_json(self, name: str, content: Any) -> None:
         """Replace a JSON file."""
-        self.write(name, pa.py_buffer(json.dumps(content, indent=2).encode()))
+        self.write(name, json.dumps(content, indent=2).encode())
 
     def delete(self, name: str) -> None:
         """Delete a file that may not exist."""
@@ -211,21 +212,11 @@ class Store:
             raise StoreError(f"cannot look into {self.location}: {error}; check --output") from error
         return bool(info.type != pa.fs.FileType.NotFound)
 
-    def write(self, name: str, content: pa.Buffer) -> None:
-        """Write a whole file or none: by renaming on a file system, by the single put of an object store."""
-        path = f"{self._root}/{name}"
-        written = f"{path}.tmp-{os.getpid()}" if self._is_local else path
+    def write(self, name: str, content: bytes | pa.Buffer) -> None:
+        """Write a whole file or none."""
         try:
-            self._filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-            with self._filesystem.open_output_stream(written) as stream:
-                stream.write(content)
-            if self._is_local:
-                with open(written, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(written, path)
+            files.write_whole(self._filesystem, f"{self._root}/{name}", content)
         except OSError as error:
-            if self._is_local:
-                Path(written).unlink(missing_ok=True)
             raise StoreError(f"cannot write {name} to {self.location}: {_reason(error)}") from error
 
 
@@ -252,14 +243,14 @@ def file_name(image_id: str) -> str:
     )
 
 
-def resolve(location: str) -> tuple[pa.fs.FileSystem, str]:
-    """The file system and path that a local path or URL means."""
+def resolve(location: str, option: str = "--output") -> tuple[pa.fs.FileSystem, str]:
+    """The file system and path that a local path or URL means, which the option has named."""
     try:
         if "://" in location:
             filesystem, path = pa.fs.FileSystem.from_uri(location)
             return filesystem, path.rstrip("/")
     except (OSError, ValueError) as error:
-        raise StoreError(f"cannot open {location}: {error}; check --output") from error
+        raise StoreError(f"cannot open {location}: {error}; check {option}") from error
     return pa.fs.LocalFileSystem(), os.path.abspath(location)
 
 
