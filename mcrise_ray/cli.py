@@ -244,6 +244,7 @@ def _run_and_report(
 
 
 def _tell(job: JobSpec, summary: Summary, figures: list[str]) -> None:
+    from mcrise_ray.driver import remarks
     from mcrise_ray.progress import duration
 
     rate = summary.masks / summary.seconds if summary.seconds else 0
@@ -252,27 +253,8 @@ def _tell(job: JobSpec, summary: Summary, figures: list[str]) -> None:
         f"{summary.images} images explained, {summary.errors} errors, {summary.rows} maps{earlier}, "
         f"{summary.masks:,} masks in {duration(summary.seconds)} ({rate:,.0f} masks/s)"
     )
-    if summary.retrieval is not None:
-        found = summary.retrieval
-        print(
-            f"re-identified: recall@1 {found.recall_at_1:.1%}, mAP {found.mean_average_precision:.1%} of "
-            f"{found.queries:,} queries of known people"
-        )
-    if summary.replaced or summary.retries:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in summary.retries.items())
-        print(f"survived: {summary.replaced} actors replaced; calls repeated: {reasons or 'none'}")
-    if summary.missed:
-        print(
-            f"{summary.missed} images have a larger relative error than {job.explain.relative_error} after "
-            "as many masks as they may have: raise --masks"
-        )
-    if summary.unpicked:
-        print(
-            f"{summary.unpicked} images were explained as by --estimator control-variate: for many targets, "
-            "scores that are no probabilities, or where that promised as little noise"
-        )
-    if summary.halved:
-        print(f"{summary.halved} calls ran with half their batch: the last bits of their maps may differ")
+    for line in remarks(job, summary):
+        print(line)
     if summary.rows:
         print(f"results: {job.output}/maps, read with mcrise_ray.read_results({job.output!r})")
     if summary.errors:

@@ -20,7 +20,7 @@ from rich.console import Console
 from mcrise_ray.access import token_for
 from mcrise_ray.errors import ClusterError, MCRiseError, SpecError
 from mcrise_ray.jobfiles import load_job
-from mcrise_ray.jobs import draw_figures, run_job
+from mcrise_ray.jobs import Summary, draw_figures, run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.progress import (
     LOG_VARIABLE,
@@ -75,10 +75,8 @@ def _run(file: str | None, reporter: ConsoleReporter | JsonReporter, retry_error
             reporter.note(f"errors are in {job.output}/errors; submit --retry-errors tries them again")
         if figures:
             reporter.note(f"{len(figures)} figures, the first {figures[0]}")
-        if summary.missed:
-            reporter.note(f"{summary.missed} images have a larger relative error than was asked for")
-        if summary.unpicked:
-            reporter.note(f"{summary.unpicked} images were explained as by the estimator control-variate")
+        for line in remarks(job, summary):
+            reporter.note(line)
     except KeyboardInterrupt:
         reporter.tell("note", "stopped; submit the same job again to resume", "warning")
         return 130
@@ -86,6 +84,31 @@ def _run(file: str | None, reporter: ConsoleReporter | JsonReporter, retry_error
         reporter.tell("error", f"error: {error}", "error")
         return 2
     return 0
+
+
+def remarks(job: JobSpec, summary: Summary) -> Iterator[str]:
+    """What else is to be known of a job that is done, in lines for people."""
+    if summary.retrieval is not None:
+        found = summary.retrieval
+        yield (
+            f"re-identified: recall@1 {found.recall_at_1:.1%}, mAP {found.mean_average_precision:.1%} of "
+            f"{found.queries:,} queries of known people"
+        )
+    if summary.replaced or summary.retries:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in summary.retries.items())
+        yield f"survived: {summary.replaced} actors replaced; calls repeated: {reasons or 'none'}"
+    if summary.missed:
+        yield (
+            f"{summary.missed} images have a larger relative error than {job.explain.relative_error} after "
+            "as many masks as they may have: raise --masks"
+        )
+    if summary.unpicked:
+        yield (
+            f"{summary.unpicked} images were explained as by --estimator control-variate: for many targets, "
+            "scores that are no probabilities, or where that promised as little noise"
+        )
+    if summary.halved:
+        yield f"{summary.halved} calls ran with half their batch: the last bits of their maps may differ"
 
 
 def join_cluster(address: str, *, insecure: bool = False) -> None:

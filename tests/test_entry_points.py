@@ -19,7 +19,9 @@ from PIL import Image
 import mcrise_ray as mr
 from mcrise_ray import driver
 from mcrise_ray.driver import run_here
+from mcrise_ray.identity import Retrieval
 from mcrise_ray.jobfiles import load_job
+from mcrise_ray.jobs import Summary
 from mcrise_ray.jobspec import ActorRange
 from mcrise_ray.submission import JOB_VARIABLE
 
@@ -172,6 +174,21 @@ def test_a_submitted_job_draws_its_figures(
     assert run_here(str(file)) == 0
     assert len(list((file.parent / "out/figures").glob("*a.png*"))) == 1
     assert "1 figures, the first" in capsys.readouterr().out
+
+
+def test_a_submitted_job_says_what_was_put_right(
+    here: None, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    died = {"actor died": 2}
+    done = Summary(1, 0, 1, 64, 1.0, retries=died, replaced=1, halved=3, retrieval=Retrieval(4, 0.5, 0.25))
+    monkeypatch.setattr(driver, "run_job", lambda *_, **__: done)
+    monkeypatch.setattr(driver, "draw_figures", lambda *_: [])
+    assert run_here(str(file)) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "re-identified: recall@1 50.0%, mAP 25.0% of 4 queries of known people",
+        "survived: 1 actors replaced; calls repeated: 2 x actor died",
+        "3 calls ran with half their batch: the last bits of their maps may differ",
+    ]
 
 
 def test_the_driver_tries_errors_again(file: Path) -> None:
