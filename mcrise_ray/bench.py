@@ -31,7 +31,6 @@ from mcrise_ray.memory import forget_peak, peak_memory
 from mcrise_ray.models import Model, load_model
 from mcrise_ray.plan import stages
 from mcrise_ray.precision import Execution
-from mcrise_ray.progress import Quiet
 from mcrise_ray.scores import launch
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.timing import Ratio, alternate, in_turn
@@ -321,7 +320,7 @@ def _job_seconds(case: Case, folder: str, count: int) -> float:
         figures=0,
     )
     try:
-        return run_job(job, Quiet(), overwrite=True).seconds
+        return run_job(job, overwrite=True).seconds
     finally:
         shutil.rmtree(job.output, ignore_errors=True)
 

@@ -21,7 +21,7 @@ from mcrise_ray.jobspec import JobSpec, differences
 from mcrise_ray.lease import Lease
 from mcrise_ray.precision import Execution, Precision
 from mcrise_ray.preprocess import Preprocessing
-from mcrise_ray.progress import GALLERY, Reporter
+from mcrise_ray.progress import GALLERY, Quiet, Reporter
 from mcrise_ray.recorder import Counts, Recorder
 from mcrise_ray.reidjob import ReidJob
 from mcrise_ray.results import Results, read_results
@@ -72,7 +72,7 @@ class Summary:
 
 def run_job(
     job: JobSpec,
-    reporter: Reporter,
+    reporter: Reporter | None = None,
     *,
     overwrite: bool = False,
     retry_errors: bool = False,
@@ -81,10 +81,11 @@ def run_job(
     """Run a job to its end; every image ends up in `maps/` or in `errors/`.
 
     Where the output holds results of the same job, finished or not, the job goes on from what is committed.
+    Figures are not part of it: see `draw_figures`.
 
     Args:
         job: what to do.
-        reporter: is told about progress.
+        reporter: is told about progress; nobody by default.
         overwrite: replace results that are there; they stay if this job cannot even start.
         retry_errors: try again what has an error row by an earlier run; a job that is stopped meanwhile goes
             on so.
@@ -97,6 +98,7 @@ def run_job(
     refuse_secrets(job.model_dump(mode="json"))
     source = ImageSource(job.images)
     check_source(job.targets, source)
+    reporter = Quiet() if reporter is None else reporter
     images, count = _count_if_short(source)
     store = Store(job.output)
     if "identity" not in (store.read_json("job.json") or {"identity": None}):

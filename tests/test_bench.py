@@ -207,7 +207,7 @@ def _seeded(spec: mr.ExplainSpec, seed: int) -> mr.ExplainSpec:
 def test_actors_are_measured_through_jobs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[JobSpec] = []
 
-    def finished(job: JobSpec, reporter: object, *, overwrite: bool) -> Summary:
+    def finished(job: JobSpec, *, overwrite: bool) -> Summary:
         jobs.append(job)
         assert len(list(Path(job.images[0]).glob("*.png"))) == 4
         return Summary(4, 0, 4, 256, 6.0 / job.actors, 0)

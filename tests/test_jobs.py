@@ -84,6 +84,11 @@ def maps(output: Path) -> dict[tuple[str, int], np.ndarray]:
     return {(row.image_id, row.target): row.map for row in mr.read_results(str(output))}
 
 
+def test_a_job_needs_no_reporter(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mr.run_job(job(folder, tmp_path / "out")).images == 3
+    assert capsys.readouterr() == ("", "")
+
+
 def test_every_image_ends_in_maps_or_errors(folder: Path, tmp_path: Path) -> None:
     reporter = Silent()
     summary = run_job(job(folder, tmp_path / "out"), reporter)
