@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float64, UInt8
 
 from mcrise_ray.blend import Blender
-from mcrise_ray.errors import ImageError, TargetError
+from mcrise_ray.errors import ImageError, SpecError, TargetError
 from mcrise_ray.estimators import Scored, picked_unit, residual_unit
 from mcrise_ray.explanations import Explanation
 from mcrise_ray.guide import Choice, Guide, Picked, choose
@@ -162,6 +162,8 @@ def explain(
     Raises:
         ImageError, TargetError, ScoreError, ModelError, SpecError.
     """
+    if batch_size < 1:
+        raise SpecError(f"batch_size: expected at least 1, found {batch_size}")
     spec = ExplainSpec() if spec is None else spec
     subject = Subject(black_box, image, spec, device=device, dtype=dtype)
     scores = subject.scores()

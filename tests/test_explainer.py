@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -149,10 +150,16 @@ def test_a_target_out_of_range_is_named(target: int) -> None:
 @pytest.mark.parametrize(
     "image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8)]
 )
-def test_a_bad_image_is_named(image: np.ndarray) -> None:
-    spec_checked_shapes = Exception  # jaxtyping speaks first in tests, `ImageError` elsewhere
-    with pytest.raises(spec_checked_shapes, match=r"uint8|image"):
+def test_a_bad_image_is_named(image: np.ndarray, shapes_unchecked: None) -> None:
+    shape = re.escape(str(image.shape))
+    with pytest.raises(errors.ImageError, match=rf"uint8 RGB array.*found {image.dtype} of shape {shape}"):
         mr.explain(channel_means, image, 0, SPEC)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing_is_refused(batch_size: int) -> None:
+    with pytest.raises(errors.SpecError, match=f"^batch_size: expected at least 1, found {batch_size}$"):
+        mr.explain(channel_means, IMAGE, 0, SPEC, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("kind", [k for k in vars(errors).values() if isinstance(k, type)])
