@@ -3,7 +3,7 @@
 | exported as | kind | labels of ours |
 | --- | --- | --- |
 | `ray_mcrise_masks_total` | counter | |
-| `ray_mcrise_images_total` | counter | `outcome`: `done`, `failed` |
+| `ray_mcrise_images_total` | counter | `outcome`: `done`, `failed`, `gallery` (could not be embedded) |
 | `ray_mcrise_retries_total` | counter | `reason` |
 | `ray_mcrise_actors` | gauge | |
 | `ray_mcrise_relative_error` | gauge | |
