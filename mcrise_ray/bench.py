@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 
 from mcrise_ray.baselines import BATCH_SIZE, rise_as_published, xaitk_mc_rise
-from mcrise_ray.errors import MCRiseError, ModelError
+from mcrise_ray.errors import MCRiseError, ModelError, StoreError
 from mcrise_ray.explainer import Subject, explain
 from mcrise_ray.images import read_image
 from mcrise_ray.jobs import run_job
@@ -128,26 +128,39 @@ def prepare(bench: BenchSpec) -> Case:
 
 
 def report(case: Case, output: str | None = None) -> Iterator[str]:
-    """The lines of a table, as the ratios come; and a JSON file of all of them."""
+    """The lines of a table, and a JSON file, as the ratios come.
+
+    Raises:
+        StoreError: the file cannot be written, which shows before anything is measured.
+    """
     execution, price = case.execution, case.bench.price_per_hour
+    ratios: list[dict[str, Any]] = []
+    _write(output, case, ratios)
     yield f"{case.bench.model.model}, {case.spec.masks} masks: {execution}"
     yield from (f"  {note}" for note in execution.precision.notes)
     yield f"{'A / B, in turn':<44} {'median':>8}  (range), median seconds of A / of B"
-    ratios = []
     for ratio in measure(case):
         ratios.append(asdict(ratio))
+        _write(output, case, ratios)
         yield str(ratio)
         if ratio.name == OVERHEAD:
             yield f"  {cost(case.spec.masks / ratio.first, price)}"
             if not stages(case.spec, 1) and stages(case.spec.model_copy(update={"masks": IMAGE_MASKS}), 1):
                 yield f"  of {case.spec.masks} masks none are picked; --masks {IMAGE_MASKS} measures that too"
-    if output is not None:
-        content = {
-            "bench": case.bench.model_dump(mode="json"),
-            "execution": execution.model_dump(mode="json"),
-            "ratios": ratios,
-        }
+
+
+def _write(output: str | None, case: Case, ratios: Sequence[dict[str, Any]]) -> None:
+    if output is None:
+        return
+    content = {
+        "bench": case.bench.model_dump(mode="json"),
+        "execution": case.execution.model_dump(mode="json"),
+        "ratios": ratios,
+    }
+    try:
         Path(output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write {output}: {error.strerror}; check --output") from error
 
 
 def cost(masks_per_second: float, price_per_hour: float | None) -> str:

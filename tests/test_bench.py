@@ -120,6 +120,17 @@ def test_the_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
     assert BenchSpec(**written["bench"]).explain.masks == 64
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda case: pytest.fail("measured"))
+    arguments = "bench --model blackboxes:small_network --size 20x24 -n 64 --precision float32"
+    nowhere = str(tmp_path / "none" / "ratios.json")
+    result = CliRunner().invoke(app, [*arguments.split(), "--batch-size", "16", "-o", nowhere])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: cannot write {nowhere}: No such file or directory; check --output\n"
+
+
 def test_the_bench_of_another_estimator(tmp_path: Path) -> None:
     output = tmp_path / "ratios.json"
     arguments = "bench --model blackboxes:small_network --size 20x24 -n 64 --precision float32"
