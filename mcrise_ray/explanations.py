@@ -26,8 +26,8 @@ class Explanation:
         raw: `(L, K, H, W)`, mean of `(K / p_mask) m_k f_n`.
         baseline: `(L, H, W)`, mean of `m_0 / (1 - p_mask) f_n`.
         standard_error: `(L, M, H, W)`, of each pixel of `maps`; NaN with a single mask.
-        relative_error: `(L,)`, `rms(standard_error) / rms(maps)`; NaN with a single mask, and where no mask
-            changed the score.
+        relative_error: `(L,)`, `rms(standard_error) / rms(maps)`; NaN with a single mask, and for a map
+            that is zero without error, as of a score that no mask has changed.
         score: `(L,)`, of the unmasked image.
         targets: the L class indices.
         masks: the N used.

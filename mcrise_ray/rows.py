@@ -24,8 +24,7 @@ class MapRow:
         score: of the unmasked image.
         method, colors: the map's M channels are the colours for MC-RISE, a single one for the RISE methods.
         masks: N.
-        relative_error: `rms(standard_error) / rms(map)`; null with a single mask, and where no mask
-            changed the score.
+        relative_error: `rms(standard_error) / rms(map)`; null where that is no number (see `Explanation`).
         map: `(M, H, W)`.
         baseline: `(H, W)`.
         standard_error: `(M, H, W)`, or None unless asked for.
