@@ -228,13 +228,13 @@ def _status_lines(status: JobStatus) -> Iterator[str]:
         yield f"started    {_when(status.started)}"
     progress = status.progress
     if progress is None:
-        yield "progress   none yet, or the output cannot be read from here"
+        yield "progress   none of its own yet, or the output cannot be read from here"
         return
     total = "" if progress.images_total is None else f" of {progress.images_total:,}"
     yield f"images     {progress.images_done:,}{total}, {progress.errors:,} errors"
     if progress.embedded:
         yield f"embedded   {progress.embedded:,} of queries and gallery, by this run"
-    yield f"masks      {progress.masks_done:,}, {progress.masks_per_second:,.0f} masks/s"
+    yield f"masks      {progress.masks_done:,} by this run, {progress.masks_per_second:,.0f} masks/s"
     if not status.has_ended:
         yield f"actors     {progress.actors:,}"
     if progress.retries:

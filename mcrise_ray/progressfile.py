@@ -23,7 +23,7 @@ class Progress:
         images_done: committed.
         images_total: None while the listing goes on.
         errors: images with an error row.
-        masks_done: scored.
+        masks_done: scored by this run, whereas images and errors are those of all runs.
         masks_per_second: lately.
         seconds_left: None where nobody can tell.
         updated: when it said so, by its clock.
@@ -31,6 +31,7 @@ class Progress:
         actors: that hold the model.
         retries: calls handed out again by this run.
         embedded: images of queries and gallery, by this run of a ReID job; none is explained before the last.
+        job: the `hash` of the job that says so: one that was refused finds what another one has said.
     """
 
     state: str
@@ -45,6 +46,7 @@ class Progress:
     actors: int = 0
     retries: int = 0
     embedded: int = 0
+    job: str = ""
 
 
 _PROGRESS = TypeAdapter(Progress)

@@ -246,6 +246,7 @@ class Recorder:
             "progress.json",
             {
                 "state": state,
+                "job": self._job.hash,
                 "images_done": self.counts.images,
                 "errors": self.counts.errors,
                 "masks_done": self.counts.masks,

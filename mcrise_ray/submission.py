@@ -35,7 +35,7 @@ JOB_VARIABLE: Final = "MCRISE_JOB"
 ENDED: Final = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 
 _ENTRYPOINT: Final = "python -m mcrise_ray.driver"
-_OUTPUT, _JOB = "mcrise_output", "mcrise_job"  # keys of the metadata
+_OUTPUT, _JOB, _HASH = "mcrise_output", "mcrise_job", "mcrise_hash"  # keys of the metadata
 _STARTING: Final = 60.0  # seconds
 _STOP_WITHIN: Final = "60"  # seconds, to commit and save before it is killed; Ray grants 3
 _UNANSWERED: Final = 5  # questions in a row, before waiting for a job ends
@@ -51,7 +51,7 @@ class JobStatus:
         state: Ray's: `PENDING`, `RUNNING`, `STOPPED`, `SUCCEEDED` or `FAILED`.
         message: Ray's, on one line.
         output: where the results go.
-        progress: None where there is none yet, or the output cannot be read from here.
+        progress: None where there is none of its own yet, or the output cannot be read from here.
         started, ended: seconds since 1970.
     """
 
@@ -194,12 +194,14 @@ def submit_job(
     """
     # Not at the top, because they load torch, which asking for a job's status need not wait for.
     from mcrise_ray.jobfiles import load_job, parse_job
+    from mcrise_ray.jobspec import JobSpec
 
     spec = load_job(job) if isinstance(job, str | os.PathLike) else parse_job(job.model_dump(mode="json"))
     for name in metadata or {}:
         if names_secret(name):
             raise SpecError(f"metadata: expected no secrets, because everyone sees it, found {name}")
-    content = json.dumps(_sent(spec, working_dir), sort_keys=True)
+    sent = _sent(spec, working_dir)
+    content = json.dumps(sent, sort_keys=True)
     if len(content.encode()) > _LONGEST:
         raise SpecError(
             f"expected a job of at most {_LONGEST:,} bytes, found more; list images in a manifest"
@@ -227,7 +229,7 @@ def submit_job(
             entrypoint=_ENTRYPOINT + " --retry-errors" * retry_errors,
             submission_id=name,
             runtime_env={"env_vars": variables, **{k: v for k, v in given.items() if v}},
-            metadata={**(metadata or {}), _OUTPUT: spec.output, _JOB: base},
+            metadata={**(metadata or {}), _OUTPUT: spec.output, _JOB: base, _HASH: JobSpec(**sent).hash},
             entrypoint_num_cpus=entrypoint_num_cpus,
             entrypoint_num_gpus=entrypoint_num_gpus,
             entrypoint_memory=entrypoint_memory,
@@ -346,13 +348,16 @@ def _sent(job: JobSpec, working_dir: str | os.PathLike[str] | None) -> dict[str,
 
 def _status(details: Any, *, far: bool = True) -> JobStatus:
     """What Ray knows of a job and, if asked how far it is, what the job itself has written."""
-    output = (details.metadata or {}).get(_OUTPUT, "")
+    told = details.metadata or {}
+    output = told.get(_OUTPUT, "")
+    progress = read_progress(output) if far and output else None
+    is_its_own = progress is not None and progress.job == told.get(_HASH)
     return JobStatus(
         id=details.submission_id,
         state=str(details.status.value),
         message=" ".join((details.message or "").split()),
         output=output,
-        progress=read_progress(output) if far and output else None,
+        progress=progress if is_its_own else None,
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
     )

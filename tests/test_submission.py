@@ -268,17 +268,22 @@ def test_status_shows_progress(cluster: Cluster, folder: Path, tmp_path: Path) -
     submitted = submit_job(spec, cluster.url)
     before = mcrise("status", submitted.id, "--address", cluster.url)
     assert before.exit_code == 0, before.stderr
-    assert "progress   none yet" in before.stdout
+    assert "progress   none of its own yet" in before.stdout
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "progress.json").write_text(
-        '{"state": "running", "images_done": 3, "images_total": 10, "errors": 1, "masks_done": 1900, '
-        '"masks_per_second": 30.5, "seconds_left": 75, "relative_error": 0.25, '
-        '"embedded": 4096, "updated": "2026-11-23T16:00"}'
-    )
-    shown = mcrise("status", submitted.id, "--address", cluster.url).stdout
+
+    def shown_of(job: str) -> str:
+        (tmp_path / "out" / "progress.json").write_text(
+            '{"state": "running", "images_done": 3, "images_total": 10, "errors": 1, "masks_done": 1900, '
+            '"masks_per_second": 30.5, "seconds_left": 75, "relative_error": 0.25, '
+            f'"embedded": 4096, "updated": "2026-11-23T16:00", "job": "{job}"}}'
+        )
+        return mcrise("status", submitted.id, "--address", cluster.url).stdout
+
+    assert "progress   none of its own yet" in shown_of(spec.model_copy(update={"batch_size": 32}).hash)
+    shown = shown_of(spec.hash)
     assert "images     3 of 10, 1 errors" in shown
     assert "embedded   4,096 of queries and gallery, by this run" in shown
-    assert "masks      1,900, 30 masks/s" in shown
+    assert "masks      1,900 by this run, 30 masks/s" in shown
     assert "error      0.250 of a map is noise" in shown
     submitted.stop()
 
@@ -463,6 +468,7 @@ def test_what_a_submission_asks_for(server: FakeServer, tmp_path: Path) -> None:
         "team": "signs",
         "mcrise_output": str(tmp_path / "out"),
         "mcrise_job": submission_id(spec),
+        "mcrise_hash": spec.model_copy(update={"images": ("images",)}).hash,  # as the driver reads it
     }
     assert (request["entrypoint_num_cpus"], request["entrypoint_resources"]) == (0.5, {"disk": 1})
     assert request["entrypoint"] == "python -m mcrise_ray.driver"
