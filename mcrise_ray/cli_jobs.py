@@ -139,8 +139,11 @@ def submit(
             print(f"next: mcrise status {submitted.id}, or {others}")
             return
         _print_log(submitted)
-        if submitted.wait().state != "SUCCEEDED":
-            raise typer.Exit(1)
+        ended = submitted.wait()
+        code = {"SUCCEEDED": 0, "STOPPED": 130}.get(ended.state, 2)
+        if code == 0 and ended.progress is not None and ended.progress.errors:
+            code = 1  # as where the job runs here
+        raise typer.Exit(code)
 
 
 @cluster_app.command()

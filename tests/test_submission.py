@@ -34,9 +34,17 @@ from mcrise_ray.jobfiles import load_job
 from mcrise_ray.jobs import run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
-from mcrise_ray.progressfile import read_progress
+from mcrise_ray.progressfile import Progress, read_progress
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.submission import SubmittedJob, _sent, find_job, list_jobs, submission_id, submit_job
+from mcrise_ray.submission import (
+    JobStatus,
+    SubmittedJob,
+    _sent,
+    find_job,
+    list_jobs,
+    submission_id,
+    submit_job,
+)
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
 SLOW = ModelSpec(model="blackboxes:slow_means", args={"seconds": "0.05"}, preprocessing={"size": (20, 24)})
@@ -204,7 +212,7 @@ def test_a_stopped_job_is_taken_up_by_the_next_submission(
     assert "submit the same job again" in log, log
     assert mr.read_results(spec.output).job["state"] == "stopped"
     again = mcrise("submit", file, *address, "--follow")
-    assert again.exit_code == 0, again.stdout + again.stderr
+    assert again.exit_code == 1, "an image has an error row" + again.stdout + again.stderr
     assert f"{submission_id(spec)}-2" in again.stdout
     scored = re.search(r"3 images explained, 1 errors, 6 maps, (\d+) masks", again.stdout)
     assert scored, again.stdout
@@ -394,6 +402,23 @@ def test_trying_errors_again_is_asked_of_the_driver(server: FakeServer, tmp_path
         "python -m mcrise_ray.driver",
         "python -m mcrise_ray.driver --retry-errors",
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "errors", "code"),
+    [("SUCCEEDED", 0, 0), ("SUCCEEDED", 2, 1), ("SUCCEEDED", None, 0), ("FAILED", 2, 2), ("STOPPED", 2, 130)],
+)
+def test_following_a_job_ends_with_the_code_that_it_would_have_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, errors: int | None, code: int
+) -> None:
+    progress = None if errors is None else Progress("done", 3, 5, errors, 900, 30.0, 0.0, "")
+    ended = JobStatus("job", state, "", "out", progress, None, None)
+    submitted = SimpleNamespace(
+        id="job", output="out", is_new=True, follow=lambda: iter(["a line\n"]), wait=lambda: ended
+    )
+    monkeypatch.setattr(submission, "submit_job", lambda *_, **__: submitted)
+    done = mcrise("submit", tmp_path / "job.yaml", "--follow")
+    assert (done.exit_code, done.stdout) == (code, "job writes to out\na line\n")
 
 
 def test_two_who_submit_at_once_share_the_job(server: FakeServer, tmp_path: Path) -> None:
