@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
@@ -26,10 +26,12 @@ Part = TypeVar("Part", Partial, Fit, Guide, Masks)
 
 
 class Checkpoints:
-    """The sums that an output holds of unfinished images; read one by one, as the images come up."""
+    """The sums that an output holds of unfinished images; read one by one, as the images come up, and `note`
+    is told of those that cannot be gone on with.
+    """
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, note: Callable[[str], None] = lambda text: None) -> None:
+        self._store, self._note = store, note
         self._present = {file for file in store.files(_FOLDER) if file.endswith(_SUFFIX)}
 
     def take(self, image_id: str) -> Saved | None:
@@ -40,7 +42,8 @@ class Checkpoints:
         try:
             return _parse(self._store.read(path) or b"")
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-            self.delete(image_id)  # of another version, or damaged: the image starts anew
+            self.delete(image_id)
+            self._note(f"{image_id} starts anew: its saved sums are of another version, or damaged")
             return None
 
     def write(self, image_id: str, saved: Saved) -> None:

@@ -166,7 +166,7 @@ def _run(
 ) -> Summary:
     """Run the engine, and leave the output in order however that ends."""
     began = time.monotonic()
-    checkpoints = Checkpoints(store)
+    checkpoints = Checkpoints(store, reporter.note)
     saved = (lambda _: None) if overwrite else checkpoints.take
     reid = work if isinstance(work, ReidJob) else None
     ledger = work.ledger(saved) if isinstance(work, ReidJob) else Ledger(work, job.explain, saved=saved)

@@ -95,7 +95,7 @@ class Recorder:
         self._forget_errors = forget_errors
         self._until_done = {"retry_errors": True} if forget_errors else {}  # a stopped job goes on so
         self._built: Built | None = None
-        self._retries = self._actors = 0
+        self._retries = self._actors = self._kept = 0
         self._relative_errors: deque[float] = deque(maxlen=_OF_LATE)
         self._maps = _Part(store.write_maps, committed.next_part)
         self._errors = _Part(store.write_errors, committed.next_part)
@@ -151,7 +151,12 @@ class Recorder:
         if self._scoring is None:  # what came before was no pace of masks
             self._scoring = time.monotonic(), masks
         self.counts.masks += masks
-        self._reporter.masks_kept(self._ledger.kept)
+        if (taken_up := self._ledger.kept - self._kept) > 0:
+            self._kept += taken_up
+            self._reporter.note(
+                f"{taken_up:,} masks that earlier runs scored of unfinished images are taken up"
+            )
+            self._reporter.masks_kept(self._kept)
         self._reporter.masks_done(masks)
 
     def retried(self, reason: str, text: str) -> None:

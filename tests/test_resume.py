@@ -131,6 +131,9 @@ def test_an_interrupted_job_goes_on_where_it_was(
     assert [row.image_id for row in mr.read_results(str(tmp_path / "out")).errors] == ["e.png"]
     first = -(-after // 64) * 64
     assert reporter.masks == 4 * 640 - first  # not one unit is done twice
+    if kept := first % 640:
+        told = f"{kept} masks that earlier runs scored of unfinished images are taken up"
+        assert [note for note in reporter.notes if "taken up" in note] == [told]
     assert (summary.images, summary.errors, summary.rows) == (4, 1, 8)
     assert list((tmp_path / "out/partial").iterdir()) == []
     assert json.loads((tmp_path / "out/job.json").read_text())["state"] == "done"
@@ -237,6 +240,7 @@ def test_sums_that_cannot_be_read_are_summed_anew(
     reporter = Silent()
     run(spec, reporter)
     assert reporter.masks == 4 * 640
+    assert "a.png starts anew: its saved sums are of another version, or damaged" in reporter.notes
     assert content(tmp_path / "out") == undisturbed
 
 
