@@ -10,6 +10,7 @@ from itertools import chain, islice, zip_longest
 
 import numpy as np
 
+from mcrise_ray import files
 from mcrise_ray.access import refuse_secrets
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.dispatch import Ledger
@@ -26,7 +27,7 @@ from mcrise_ray.recorder import Counts, Recorder
 from mcrise_ray.reidjob import ReidJob
 from mcrise_ray.results import Results, read_results
 from mcrise_ray.rows import MapRow, MatchRow
-from mcrise_ray.store import Committed, Store
+from mcrise_ray.store import Committed, Store, figure_name
 from mcrise_ray.targets import check_source
 from mcrise_ray.worker import InProcess, Setup, Worker
 
@@ -277,7 +278,8 @@ def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:
 def draw_figures(job: JobSpec, reporter: Reporter) -> list[str]:
     """Draw the first `job.figures` images of a finished job beside its maps, from what was committed.
 
-    Images are read once more; one that cannot be read now has no figure, which the reporter is told.
+    Images are read once more; one that cannot be read now has no figure, which the reporter is told. Figures
+    that are there stay: they go with their maps, which never change.
 
     Returns:
         Where the figures are.
@@ -286,6 +288,8 @@ def draw_figures(job: JobSpec, reporter: Reporter) -> list[str]:
 
     drawn: list[str] = []
     told = time.monotonic()
+    store = Store(job.output)
+    there = set(store.files("figures"))
     results = read_results(job.output)
     prepare = Preprocessing(**results.job["model"]["preprocessing"]).prepare
 
@@ -294,6 +298,10 @@ def draw_figures(job: JobSpec, reporter: Reporter) -> list[str]:
         return image if job.original_size else prepare(image)
 
     for image_id, rows in islice(_by_image(results), job.figures):
+        name = figure_name(image_id)
+        if name in there:
+            drawn.append(name)
+            continue
         try:
             image = shown(rows[0].uri)
             matches = [_match(row, shown) for row in rows[: render.MOST_LINES]]
@@ -305,11 +313,12 @@ def draw_figures(job: JobSpec, reporter: Reporter) -> list[str]:
             for row, match in zip_longest(rows, matches)
         ]
         picture = render.draw(image, lines)
-        drawn.append(Store(job.output).write_figure(image_id, render.to_png(picture)))
+        store.write_figure(image_id, render.to_png(picture))
+        drawn.append(name)
         if time.monotonic() - told > _TELL_EVERY:
             told = time.monotonic()
             reporter.note(f"{len(drawn)} figures drawn, of {job.figures} at most")
-    return drawn
+    return [files.join(job.output, name) for name in drawn]
 
 
 def _count_if_short(source: ImageSource) -> tuple[Iterator[ImageRef], int | None]:

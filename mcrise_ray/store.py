@@ -94,11 +94,9 @@ class Store:
         """Replace `job.json`."""
         self.write_json("job.json", content)
 
-    def write_figure(self, image_id: str, png: bytes) -> str:
-        """Write one figure; returns its path or URL."""
-        name = f"figures/{file_name(image_id)}.png"
-        self.write(name, pa.py_buffer(png))
-        return f"{self.location.rstrip('/')}/{name}"
+    def write_figure(self, image_id: str, png: bytes) -> None:
+        """Write one figure."""
+        self.write(figure_name(image_id), pa.py_buffer(png))
 
     def clear(self) -> None:
         """Delete what an earlier job left, and nothing else."""
@@ -155,7 +153,8 @@ class Store:
     def files(self, folder: str) -> list[str]:
         """Names of the files of a folder, sorted; none where it does not exist."""
         selector = pa.fs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
-        found = self._filesystem.get_file_info(selector)
+        with self._failing("look into"):
+            found = self._filesystem.get_file_info(selector)
         return sorted(f"{folder}/{file.base_name}" for file in found if file.is_file)
 
     def parts(self, folder: str) -> list[str]:
@@ -231,6 +230,11 @@ def _is_ours(folder: str, file: str) -> bool:
     if folder in {"maps", "errors"}:
         return is_part(file)
     return file.endswith({"figures": ".png", "partial": ".npz"}.get(folder, ".parquet"))
+
+
+def figure_name(image_id: str) -> str:
+    """Where the figure of an image is in an output."""
+    return f"figures/{file_name(image_id)}.png"
 
 
 def file_name(image_id: str) -> str:

@@ -475,6 +475,25 @@ def test_one_figure_per_image_whatever_its_name(folder: Path, tmp_path: Path) ->
             assert figure.width > 600
 
 
+def test_figures_that_are_there_are_not_drawn_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = job(folder / "deep", tmp_path / "out", figures=1)
+    run_job(spec, Silent())
+    (first,) = draw_figures(spec, Silent())
+    rendered: list[object] = []
+    draw = render.draw
+    monkeypatch.setattr(render, "draw", lambda *given: rendered.append(given) or draw(*given))
+    assert draw_figures(spec, Silent()) == [first]
+    assert rendered == []
+    both = draw_figures(spec.model_copy(update={"figures": 5}), Silent())
+    assert (both[0], len(both), len(rendered)) == (first, 2, 1)
+    other = job(folder / "deep", tmp_path / "out", figures=5, targets=(0,))
+    run_job(other, Silent(), overwrite=True)
+    assert draw_figures(other, Silent()) == both
+    assert len(rendered) == 3, "they went with the maps that they showed"
+
+
 def test_an_image_that_can_no_longer_be_read_has_no_figure(folder: Path, tmp_path: Path) -> None:
     """And its job is done nevertheless."""
     spec = job(folder / "deep", tmp_path / "out", figures=5)
