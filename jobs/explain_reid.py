@@ -1,7 +1,7 @@
 """Explain ReID queries on the cluster that this runs in: `python explain_reid.py market1501.yaml`.
 
 For clusters that start a script of their own accord, such as KubeRay's RayJob; from outside use
-`mcrise submit`.
+`mcrise submit`. `--retry-errors` tries images again that have an error row.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import sys
 
 def main(arguments: list[str]) -> int | str:
     """Run the ReID job file named; returns the exit code, or how this is used."""
-    if len(arguments) != 1:
-        return "usage: python explain_reid.py JOB_FILE"
+    files = [argument for argument in arguments if argument != "--retry-errors"]
+    if len(files) != 1:
+        return "usage: python explain_reid.py JOB_FILE [--retry-errors]"
 
     from mcrise_ray.driver import run_here
     from mcrise_ray.errors import MCRiseError
     from mcrise_ray.jobfiles import load_job
 
     try:
-        kind = load_job(arguments[0]).kind
+        kind = load_job(files[0]).kind
     except MCRiseError as error:
         return f"error: {error}"
     if kind != "reid":
-        return f"error: {arguments[0]}: expected a job of kind reid, found {kind}; see explain_dataset.py"
-    return run_here(arguments[0])
+        return f"error: {files[0]}: expected a job of kind reid, found {kind}; see explain_dataset.py"
+    return run_here(files[0], retry_errors=len(files) < len(arguments))
 
 
 if __name__ == "__main__":

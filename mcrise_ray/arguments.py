@@ -76,4 +76,9 @@ def actor_count(text: str) -> int | str | dict[str, int]:
         return {"min": int(least), "max": int(most)}
     if text.isdigit() and int(text) > 0:
         return int(text)
+    if text == "0":
+        raise SpecError(
+            "--actors: expected 1 or more on Ray, found 0; mcrise explain, and a job file with actors: 0, "
+            "work without it"
+        )
     raise SpecError(f"--actors: expected auto, a number, or a range such as 2-8, found {text!r}")

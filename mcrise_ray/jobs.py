@@ -15,7 +15,7 @@ from mcrise_ray.access import refuse_secrets
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.dispatch import Ledger
 from mcrise_ray.engine import Engine, Executor, Limits
-from mcrise_ray.errors import ImageError, StoreError
+from mcrise_ray.errors import ImageError, SpecError, StoreError
 from mcrise_ray.identity import Retrieval
 from mcrise_ray.images import ImageRef, ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec, differences
@@ -93,9 +93,11 @@ def run_job(
         address: of a Ray cluster; `auto` is one that runs on this machine. None starts one of our own.
 
     Raises:
-        MCRiseError: the job cannot run at all: no images, no model, no output, no Ray; or the output belongs
-            to another job.
+        MCRiseError: the job cannot run at all: no images, no model, no output, no Ray; the output belongs to
+            another job; or `overwrite` and `retry_errors` are both given.
     """
+    if overwrite and retry_errors:
+        raise SpecError("expected overwrite or retry_errors, found both; one removes what the other needs")
     refuse_secrets(job.model_dump(mode="json"))
     source = ImageSource(job.images)
     check_source(job.targets, source)

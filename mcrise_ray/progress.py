@@ -6,7 +6,9 @@ import json
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, TextIO, TypeVar, runtime_checkable
 
@@ -190,6 +192,7 @@ class _Tracking(ABC):
     def __init__(self) -> None:
         self._shown = time.monotonic()
         self._pace = _Pace(self._shown)
+        self._end: Callable[[], None] = lambda: None
 
     def __enter__(self: _Kind) -> _Kind:
         return self
@@ -197,6 +200,7 @@ class _Tracking(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
         self.close()
 
     def start(self, images: int | None, masks_per_image: int | None, done: int = 0) -> None:
@@ -253,9 +257,9 @@ class _Tracking(ABC):
         return {"images_total": self._pace.images, "seconds_left": self._pace.seconds_left}
 
     def job_ended(self, state: str, facts: dict[str, Any]) -> None:
-        """See `Reporter`."""
+        """See `Reporter`; told at the exit, because figures are drawn after it."""
         level = {"done": "info", "stopped": "warning"}.get(state, "error")
-        self.tell(state, level=level, seconds=round(self._pace.elapsed, 3), **facts)
+        self._end = partial(self.tell, state, level=level, seconds=round(self._pace.elapsed, 3), **facts)
 
     @abstractmethod
     def tell(self, event: str, text: str | None = None, level: str = "info", **facts: Any) -> None:
@@ -332,7 +336,7 @@ class JsonReporter(_Tracking):
     """One JSON object per line: `time`, `level`, `event`, and what belongs to it.
 
     Events are `start`, `progress`, `retry`, `error_row`, `note`, `error`, and how the job ends: `done`,
-    `stopped` or `failed`.
+    `stopped` or `failed`, which is said last, after what is told of figures.
     """
 
     def __init__(self, stream: TextIO) -> None:

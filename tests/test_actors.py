@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from mcrise_ray import cli, cluster
 from mcrise_ray.arguments import actor_count
+from mcrise_ray.cli import app
 from mcrise_ray.cluster import RayExecutor
 from mcrise_ray.errors import SpecError
 from mcrise_ray.jobs import _setup
@@ -164,10 +165,16 @@ def test_actors_on_the_command_line(text: str, meaning: object) -> None:
     assert actor_count(text) == meaning
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "2-", "-8", "some", "2-x", "1.5"])
+@pytest.mark.parametrize("text", ["", "-1", "2-", "-8", "some", "2-x", "1.5"])
 def test_actors_that_make_no_sense(text: str) -> None:
     with pytest.raises(SpecError, match=rf"^--actors: expected auto, a number, or a range .*found '{text}'$"):
         actor_count(text)
+
+
+def test_an_audit_without_actors_is_another_command(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["audit", str(tmp_path), "--model", "m:f", "--actors", "0"])
+    assert refused.exit_code == 2
+    assert "expected 1 or more on Ray, found 0; mcrise explain" in refused.stderr
 
 
 def test_labels_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:

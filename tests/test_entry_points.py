@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -110,7 +111,17 @@ def test_the_script_says_how_it_is_called() -> None:
         [sys.executable, JOBS / "explain_dataset.py"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr.strip() == "usage: python explain_dataset.py JOB_FILE"
+    assert done.stderr.strip() == "usage: python explain_dataset.py JOB_FILE [--retry-errors]"
+
+
+@pytest.mark.parametrize(("name", "job"), [("explain_dataset", "gtsrb"), ("explain_reid", "market1501")])
+def test_the_scripts_try_errors_again(name: str, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+    monkeypatch.setattr(driver, "run_here", lambda file, retry_errors: asked.append((file, retry_errors)))
+    main, file = runpy.run_path(str(JOBS / f"{name}.py"))["main"], str(JOBS / f"{job}.yaml")
+    for arguments in ([file], [file, "--retry-errors"], ["--retry-errors", file]):
+        main(arguments)
+    assert asked == [(file, False), (file, True), (file, True)]
 
 
 def reid_script(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -137,7 +148,7 @@ def test_the_reid_script_is_for_reid_jobs(file: Path) -> None:
     done = reid_script(file)
     assert done.returncode == 1
     assert f"{file}: expected a job of kind reid, found explain; see explain_dataset.py" in done.stderr
-    assert reid_script().stderr.strip() == "usage: python explain_reid.py JOB_FILE"
+    assert reid_script().stderr.strip() == "usage: python explain_reid.py JOB_FILE [--retry-errors]"
     assert "error: " in reid_script("nowhere.yaml").stderr
 
 

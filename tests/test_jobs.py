@@ -326,6 +326,8 @@ def test_a_finished_job_submitted_again_does_nothing(folder: Path, tmp_path: Pat
     assert (again.images, again.errors, again.rows, again.masks) == (3, 4, 6, 0)
     assert (first.images, first.errors, first.rows) == (3, 4, 6)
     assert "all 7 images are done already" in reporter.notes[0]
+    with pytest.raises(errors.SpecError, match="expected overwrite or retry_errors, found both"):
+        run_job(job(folder, tmp_path / "out"), Silent(), overwrite=True, retry_errors=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")} == files
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -231,6 +232,17 @@ def test_a_run_with_a_structured_log_prints_nothing_else(
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["event"] for line in lines] == ["start", "note", "error_row", "done"]
     assert (lines[-1]["images"], lines[-1]["errors"], lines[-1]["masks"]) == (1, 1, 128)
+
+
+def test_a_structured_log_ends_with_the_end(file: Path) -> None:
+    """Who reads until then hears of figures, too."""
+    file.write_text(file.read_text().replace("figures: 0", "figures: 1"))
+    mcrise("run", file)
+    shutil.rmtree(file.parent / "out/figures")
+    (file.parent / "a.png").unlink()
+    lines = [json.loads(line) for line in mcrise("run", file, "--log", "json").stdout.splitlines()]
+    assert [line["event"] for line in lines] == ["note", "note", "done"]
+    assert lines[1]["message"].startswith("no figure of")
 
 
 def test_an_unknown_format_is_one_line(file: Path) -> None:
