@@ -66,18 +66,22 @@ def check(
     probe: Annotated[
         bool, typer.Option(help="Build the model here and time a few masks, for bytes and duration.")
     ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="As if it removed earlier results from the output first.")
+    ] = False,
 ) -> None:
-    """Validate a job and say what it will do, without running it."""
+    """Validate a job and say what it will do, or has left to do, without running it."""
     with one_line_errors():
         from mcrise_ray import forecast
         from mcrise_ray.jobfiles import load_job
 
         job = load_job(file)
-        plan = forecast.plan_job(job)
+        plan = forecast.plan_job(job, overwrite=overwrite)
         for line in _plan_lines(job, plan):
             print(line)
-        for line in _probe_lines(job, plan) if probe else [_calls_line(job, plan, plan.model_calls)]:
-            print(line)
+        if plan.left:
+            for line in _probe_lines(job, plan) if probe else [_calls_line(job, plan, plan.model_calls)]:
+                print(line)
 
 
 @cluster_app.command()
@@ -139,9 +143,9 @@ def submit(
             print(f"next: mcrise status {submitted.id}, or {others}")
             return
         _print_log(submitted)
-        ended = submitted.wait()
-        code = {"SUCCEEDED": 0, "STOPPED": 130}.get(ended.state, 2)
-        if code == 0 and ended.progress is not None and ended.progress.errors:
+        last = submitted.wait()
+        code = {"SUCCEEDED": 0, "STOPPED": 130}.get(last.state, 2)
+        if code == 0 and last.progress is not None and last.progress.errors:
             code = 1  # as where the job runs here
         raise typer.Exit(code)
 
@@ -277,7 +281,8 @@ def _amounts(option: str, given: list[str] | None) -> dict[str, float]:
 def _plan_lines(job: JobSpec, plan: Plan) -> Iterator[str]:
     more, so_far = _more(job), _so_far(plan)
     useless = f", {plan.useless:,} of which cannot be explained" if plan.useless else ""
-    yield f"images       {plan.images:,}{useless}{so_far}"
+    done = f", {plan.done:,} of which are done" if plan.done else ""
+    yield f"images       {plan.images:,}{useless}{done}{so_far}"
     if job.reid is not None:
         yield f"gallery      {plan.gallery:,}{so_far}"
     yield f"units        {more}{plan.units:,}{so_far}"
@@ -306,9 +311,7 @@ def _probe_lines(job: JobSpec, plan: Plan) -> Iterator[str]:
 
     probe = forecast.probe_job(job, masks=plan.masks if plan.complete else None)
     batch_size = probe.execution.batch_size
-    yield _calls_line(
-        job, plan, forecast.calls(job, plan.images - plan.useless, batch_size, plan.gallery), batch_size
-    )
+    yield _calls_line(job, plan, forecast.calls(job, plan.left, batch_size, plan.gallery), batch_size)
     size = f"{probe.size[0]} x {probe.size[1]}"
     yield (
         f"bytes        at most {_bytes(forecast.output_bytes(job, plan, probe))} before compression, maps of "

@@ -16,11 +16,13 @@ from mcrise_ray.explained import load_explained
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, explain
 from mcrise_ray.files import shown
 from mcrise_ray.images import ImageRef, ImageSource, read_image
+from mcrise_ray.jobs import committed_of
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.plan import unit_count, unit_size
 from mcrise_ray.precision import Execution
 from mcrise_ray.reidspec import ReidSpec
-from mcrise_ray.targets import check_source
+from mcrise_ray.store import Committed, Store
+from mcrise_ray.targets import check_source, summands
 from mcrise_ray.tuning import settle
 
 _TRIED = 20  # images, until one can be decoded
@@ -42,6 +44,7 @@ class Plan:
         gallery: images of the gallery of a ReID job.
         useless: images that cannot be explained, as their listing tells: with a problem, or without the
             label or the targets of their own that are asked for. Nothing else here counts them.
+        done: images that earlier runs of the job have ended; nor them.
     """
 
     images: int
@@ -52,6 +55,12 @@ class Plan:
     rows: int
     gallery: int = 0
     useless: int = 0
+    done: int = 0
+
+    @property
+    def left(self) -> int:
+        """Images to explain."""
+        return self.images - self.useless - self.done
 
 
 @dataclass(frozen=True)
@@ -73,24 +82,29 @@ class Probe:
     execution: Execution
 
 
-def plan_job(job: JobSpec, *, seconds: float = 20.0) -> Plan:
-    """Count what a job will do.
+def plan_job(job: JobSpec, *, overwrite: bool = False, seconds: float = 20.0) -> Plan:
+    """Count what a job will do, or has left to do where its output holds some of it already.
 
     Args:
         job: any.
+        overwrite: as `run_job` would be told.
         seconds: how long to list images at most.
 
     Raises:
         ImageError: a source is not there, or there are no images.
         TargetError: no image can have the label, or the targets of its own, asked for.
+        StoreError: the output belongs to a job with other settings, or cannot be read.
     """
+    committed = Committed.nothing() if overwrite else committed_of(job, Store(job.output))
     until = time.monotonic() + seconds
     source = ImageSource(job.images)
     check_source(job.targets, source)
-    count, targets, useless, complete = 0, 0, 0, True
+    count, targets, useless, done, complete = 0, 0, 0, 0, True
     for image in source:
         count += 1
-        if _is_useless(job, image):
+        if image.image_id in committed:
+            done += 1
+        elif _is_useless(job, image):
             useless += 1
         else:
             targets += _targets(job, len(image.targets))
@@ -101,23 +115,24 @@ def plan_job(job: JobSpec, *, seconds: float = 20.0) -> Plan:
         raise ImageError(f"expected images, found none in {', '.join(map(shown, source.sources))}")
     gallery = 0
     if job.reid is not None:
-        targets = _matches(job.reid, count - useless)
+        targets = _matches(job.reid, count - useless - done)
         for _ in ImageSource(job.reid.gallery):
             gallery += 1
             if time.monotonic() > until:
                 complete = False
                 break
     size = DEFAULT_BATCH_SIZE if job.batch_size == "auto" else job.batch_size
-    useful = count - useless
+    left = count - useless - done
     return Plan(
         images=count,
         complete=complete,
-        units=useful * unit_count(job.explain),
-        masks=useful * job.explain.masks,
-        model_calls=calls(job, useful, size, gallery),
+        units=left * unit_count(job.explain),
+        masks=left * job.explain.masks,
+        model_calls=calls(job, left, size, gallery),
         rows=targets,
         gallery=gallery,
         useless=useless,
+        done=done,
     )
 
 
@@ -222,14 +237,15 @@ def _matches(reid: ReidSpec, queries: int) -> int:
 
 def _is_useless(job: JobSpec, image: ImageRef) -> bool:
     """Whether it cannot be explained, as its listing tells."""
-    missing = image.label is None and "truth" in job.targets
-    return image.problem is not None or missing or (not image.targets and "manifest" in job.targets)
+    asked = summands(job.targets)
+    missing = image.label is None and "truth" in asked
+    return image.problem is not None or missing or (not image.targets and "manifest" in asked)
 
 
 def _targets(job: JobSpec, of_manifest: int) -> int:
     """Rows that one image can have."""
     count = 0
-    for target in job.targets:
+    for target in summands(job.targets):
         if target == "manifest":
             count += of_manifest
         elif isinstance(target, str) and target.startswith("top") and target[3:].isdigit():

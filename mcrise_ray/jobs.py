@@ -104,14 +104,17 @@ def run_job(
     reporter = Quiet() if reporter is None else reporter
     images, count = _count_if_short(source)
     store = Store(job.output)
-    if "identity" not in (store.read_json("job.json") or {"identity": None}):
+    there = store.read_json("job.json")
+    if there is not None and "identity" not in there:
         raise StoreError(
             f"expected an output of this job's own, found a job.json in {job.output} that no job of mcrise "
             "has written; choose another output"
         )
     lease = Lease(store)
     try:
-        committed = Committed.nothing() if overwrite else _committed(job, store)
+        committed = Committed.nothing() if overwrite else committed_of(job, store)
+        if there is not None and not overwrite:
+            store.tidy()
         retry_errors = retry_errors or (not overwrite and _was_trying_again(store))
         trying_again = retry_errors and bool(committed.failed)
         if trying_again:
@@ -211,7 +214,7 @@ def _run(
     )
 
 
-def _committed(job: JobSpec, store: Store) -> Committed:
+def committed_of(job: JobSpec, store: Store) -> Committed:
     """What earlier runs of this very job have committed.
 
     Raises:

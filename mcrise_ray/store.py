@@ -128,13 +128,17 @@ class Store:
             for file in self.files("errors"):
                 self._filesystem.delete_file(f"{self._root}/{file}")
 
-    def committed(self) -> Committed:
-        """What earlier runs have finished; deletes what they left half written."""
-        with self._failing("look into"):
+    def tidy(self) -> None:
+        """Delete what earlier runs left half written: for whoever holds the lease."""
+        with self._failing("write to"):
             for name in ("maps", "errors", "partial"):
                 for file in self.files(name):
                     if ".tmp-" in file:
                         self._filesystem.delete_file(f"{self._root}/{file}")
+
+    def committed(self) -> Committed:
+        """What earlier runs have finished."""
+        with self._failing("look into"):
             ids: dict[str, set[str]] = {}
             rows = 0
             for name in ("maps", "errors"):

@@ -110,7 +110,7 @@ def check_source(choice: Sequence[int | str], source: ImageSource) -> None:
     Raises:
         TargetError: no source has them.
     """
-    words = {piece for part in choice if isinstance(part, str) for piece in part.split("+")}
+    words = set(summands(choice))
     for word, column, advice in (
         ("truth", "label", "use imagefolder:FOLDER, or give a manifest with that column"),
         ("manifest", "target", "give a manifest with that column"),
@@ -118,6 +118,18 @@ def check_source(choice: Sequence[int | str], source: ImageSource) -> None:
         if word in words and not source.may_have(column):
             shown = ", ".join(map(files.shown, source.sources))
             raise TargetError(f"expected a {column} for target {word!r}, found none in {shown}; {advice}")
+
+
+def summands(choice: Sequence[int | str]) -> list[int | str]:
+    """What is asked for with all sums taken apart, also those that are the name of one class, which only a
+    model can tell.
+    """
+    return [
+        piece
+        for part in choice
+        for piece in (part.split("+") if isinstance(part, str) else [part])
+        if piece != ""
+    ]
 
 
 def _word(part: int | str) -> re.Match[str] | None:

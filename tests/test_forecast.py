@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import mcrise_ray as mr
 from mcrise_ray import forecast, scores
 from mcrise_ray.cli import app
-from mcrise_ray.errors import ImageError, TargetError
+from mcrise_ray.errors import ImageError, StoreError, TargetError
 from mcrise_ray.forecast import Plan, Probe, output_bytes, plan_job, probe_job, seconds_needed
 from mcrise_ray.jobfiles import load_job
 from mcrise_ray.jobs import run_job
@@ -98,6 +98,33 @@ def test_images_that_their_listing_says_cannot_be_explained_are_counted(folder: 
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     done = mcrise("job", "check", tmp_path / "job.yaml", "--no-probe")
     assert done.stdout.splitlines()[0] == "images       3, 2 of which cannot be explained"
+
+
+def test_a_sum_with_an_index_asks_for_labels_too(folder: Path, tmp_path: Path) -> None:
+    (folder / "list.csv").write_text("uri,label\nb.png,1\nc.png,\n")
+    plan = plan_job(job(folder / "list.csv", tmp_path, targets="3+truth"))
+    assert (plan.images, plan.useless, plan.rows) == (2, 1, 2)
+
+
+def test_what_is_done_already_is_not_left_to_do(folder: Path, tmp_path: Path) -> None:
+    spec = job(folder, tmp_path / "out")
+    run_job(spec, Silent())
+    half_written = tmp_path / "out/maps/part-000009-0123abcd.parquet.tmp-1"
+    half_written.touch()  # by the job, which may be running
+    Image.fromarray(np.full((30, 40, 3), 9, np.uint8)).save(folder / "d.png")
+    plan = plan_job(spec)
+    assert (plan.images, plan.done, plan.left, plan.masks, plan.rows) == (4, 3, 1, 300, 1)
+    assert half_written.exists()
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    done = mcrise("job", "check", tmp_path / "job.yaml", "--no-probe")
+    assert done.stdout.splitlines()[0] == "images       4, 3 of which are done"
+    (folder / "d.png").unlink()
+    done = mcrise("job", "check", tmp_path / "job.yaml")
+    assert "model calls" not in done.stdout, "nothing is left to try"
+    other = spec.model_copy(update={"explain": ExplainSpec(masks=301)})
+    with pytest.raises(StoreError, match=r"explain.masks: 300 there, 301 asked"):
+        plan_job(other)
+    assert plan_job(other, overwrite=True).masks == 3 * 301
 
 
 def test_labels_that_no_image_can_have_are_told(folder: Path, tmp_path: Path) -> None:
