@@ -230,6 +230,8 @@ def _status_lines(status: JobStatus) -> Iterator[str]:
 
     yield f"id         {status.id}"
     yield f"state      {status.state}" + (f": {status.message}" if status.message else "")
+    if status.state == "FAILED":
+        yield f"reason     mcrise logs {status.id}"
     yield f"output     {status.output}"
     if status.started is not None:
         yield f"started    {_when(status.started)}"

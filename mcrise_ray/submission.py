@@ -49,7 +49,7 @@ class JobStatus:
     Attributes:
         id: of the submission.
         state: Ray's: `PENDING`, `RUNNING`, `STOPPED`, `SUCCEEDED` or `FAILED`.
-        message: Ray's, on one line.
+        message: Ray's, on one line, without the last 20,000 characters of the log that it adds.
         output: where the results go.
         progress: None where there is none of its own yet, or the output cannot be read from here.
         started, ended: seconds since 1970.
@@ -355,7 +355,7 @@ def _status(details: Any, *, far: bool = True) -> JobStatus:
     return JobStatus(
         id=details.submission_id,
         state=str(details.status.value),
-        message=" ".join((details.message or "").split()),
+        message=" ".join((details.message or "").partition(", last available logs")[0].split()),
         output=output,
         progress=progress if is_its_own else None,
         started=details.start_time / 1000 if details.start_time else None,

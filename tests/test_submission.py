@@ -246,6 +246,9 @@ def test_files_travel_along_and_failures_are_told(cluster: Cluster, folder: Path
     )
     assert broken.wait(60).state == "FAILED"
     assert "error: --model blackboxes:broken raised RuntimeError: no such checkpoint" in broken.logs()
+    state, reason = mcrise("status", broken.id, "--address", cluster.url).stdout.splitlines()[1:3]
+    assert state.endswith("FAILED: Job entrypoint command failed with exit code 2"), "not the whole log"
+    assert reason == f"reason     mcrise logs {broken.id}"
 
 
 def test_progress_is_read_from_the_output(tmp_path: Path) -> None:
