@@ -140,8 +140,11 @@ class ServerModel:
         self._session.mount("https://", pool)
         self._threads = ThreadPoolExecutor(url.concurrency, thread_name_prefix="kserve")
         metadata = self._get(url.model)
-        self.input, self.layout = self._choose_input(metadata)
-        self.output = self._choose_output(metadata)
+        try:
+            self.input, self.layout = self._choose_input(metadata)
+            self.output = self._choose_output(metadata)
+        except (KeyError, TypeError) as error:
+            raise self._broken("name, datatype and shape of every tensor", f"{metadata}"[:200]) from error
         self.binary = self._has_binary()
         self.most = self.layout.batch or url.max_batch
 
@@ -193,9 +196,13 @@ class ServerModel:
         outputs = answer.get("outputs")
         if not isinstance(outputs, list) or not outputs:
             raise self._broken("an answer with outputs", f"the keys {sorted(answer)}")
+        have = [output.get("name") for output in outputs if isinstance(output, dict)]
+        if len(have) < len(outputs) or (self.output is None and len(have) > 1):
+            raise self._broken("one output", f"{have or outputs}"[:200] + "; choose with ?output=")
         at = 0
         for output in outputs:
-            size = int(output.get("parameters", {}).get("binary_data_size", 0))
+            # Many servers write null for what they leave out.
+            size = int((output.get("parameters") or {}).get("binary_data_size") or 0)
             raw, at = rest[at : at + size], at + size
             if self.output not in {None, output.get("name")}:
                 continue
@@ -213,7 +220,6 @@ class ServerModel:
                     f"{scores.shape} for a request of {images} images; check ?max_batch= and ?output=",
                 )
             return torch.from_numpy(scores.astype(np.float32))
-        have = [output.get("name") for output in outputs]
         raise self._broken(f"an output named {self.output!r}", f"{have}; choose with ?output=")
 
     def _choose_input(self, metadata: dict[str, Any]) -> tuple[str, Layout]:
@@ -305,6 +311,11 @@ def _authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
 
 def _status(response: requests.Response) -> str:
     """Status and reason of a refusal, with what the server says about it."""
+    if response.is_redirect:
+        to = urlsplit(response.headers["Location"])  # of which the query may hold a secret
+        return (
+            f"{response.status_code} {response.reason}: {to.scheme}://{to.netloc.rpartition('@')[2]}{to.path}"
+        )
     said = response.text[:200].strip()
     try:
         said = str(json.loads(response.content).get("error", said))[:200]
@@ -318,6 +329,8 @@ def _advice(status: int) -> str:
         return f"; put a token into the environment variable {TOKEN_VARIABLE}"
     if status == 404:
         return "; check the model's name and version in --model"
+    if status in range(300, 400):
+        return "; where that is its right address, name it in --model"
     return "; check --model, --size and ?max_batch="
 
 

@@ -265,7 +265,14 @@ def outputs(**changes: Any) -> Callable[[], Reply]:
         ),
         (lambda: reply({"error": "bad shape"}, 400), r"answered 400 .*: bad shape; check --model, --size"),
         (lambda: reply({"error": "who"}, 401), rf"answered 401 .*: who; put a token .* {TOKEN_VARIABLE}"),
-        (lambda: (302, {"Location": "http://127.0.0.1:1/"}, b""), r"answered 302"),
+        (
+            lambda: (308, {"Location": "https://u:p@there/v2?key=s"}, b""),
+            r"answered 308 Permanent Redirect: https://there/v2; where that is its right address, name it",
+        ),
+        (
+            lambda: reply({"outputs": [{"name": "scores"}, ["scores"]]}),
+            r"expected one output, found \['scores'\]; choose with \?output=",
+        ),
     ],
 )
 def test_lasting_faults_are_told_at_once(script: Script, fault: Callable[[], Reply], message: str) -> None:
@@ -298,12 +305,32 @@ def test_lasting_faults_are_told_at_once(script: Script, fault: Callable[[], Rep
             r"expected one output .* found \['a', 'b'\]; choose with",
         ),
         ({}, "?output=c", r"expected one output .* found \['scores'\]; choose with \?output=NAME"),
+        (
+            {"inputs": [{"name": "image"}]},
+            "",
+            r"expected name, datatype and shape of .*, found \{'name': 'means'",
+        ),
+        ({"outputs": {"scores": {}}}, "", r"expected name, datatype and shape of every tensor, found"),
     ],
 )
 def test_metadata_that_does_not_fit(script: Script, metadata: dict, options: str, message: str) -> None:
     script.metadata = METADATA | metadata
     with pytest.raises(ModelError, match=message):
         mr.load_model(script.url + options)
+
+
+def test_an_answer_may_hold_null_where_the_protocol_leaves_out(script: Script) -> None:
+    model, _ = connect(script)
+    script.faults = [outputs(parameters=None)]
+    torch.testing.assert_close(model(noise(2)), torch.tensor([[0.0], [1.0]]))
+
+
+def test_of_several_outputs_that_no_metadata_told_none_is_guessed(script: Script) -> None:
+    script.metadata = METADATA | {"outputs": None}
+    script.extensions = ["binary_tensor_data"]  # which answers with another output first
+    with pytest.raises(ModelError, match=r"expected one output, found \['other', 'scores'\]; choose with"):
+        mr.load_model(script.url)
+    assert mr.load_model(f"{script.url}?output=scores", preprocessing=NONE).classes == 3
 
 
 def test_a_server_that_tells_nothing_needs_names_and_size(script: Script) -> None:
