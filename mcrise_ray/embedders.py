@@ -152,8 +152,8 @@ def _check(black_box: BlackBox, preprocessing: Preprocessing, spec: ModelSpec) -
     space = input_space(black_box)
     images = space.normalize(torch.from_numpy(noise).to(space.device))
     try:
-        embeddings = ask(space.function, images, kind="embeddings")
-        alone = ask(space.function, images[:1], kind="embeddings")
+        embeddings = ask(space.function, images.clone(), kind="embeddings")
+        alone = ask(space.function, images[:1].clone(), kind="embeddings")
     except (ModelError, ScoreError) as error:
         raise ModelError(
             f"--model {spec.model} fails on noise of {height} x {width} pixels: {error}; "

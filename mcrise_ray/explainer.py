@@ -63,7 +63,7 @@ class Subject:
 
     def scores(self) -> Float64[np.ndarray, " C"]:
         """All scores of the unmasked image."""
-        scores: np.ndarray = ask(self.function, self.image[None])[0]
+        scores: np.ndarray = ask(self.function, self.image[None].clone())[0]
         return scores
 
 

@@ -239,8 +239,8 @@ def _check(black_box: BlackBox, preprocessing: Preprocessing, loaded: Loaded, sp
     # Before the activation: a softmax makes anything look like probabilities.
     function = black_box.outputs if isinstance(black_box, Classifier) else space.function
     try:
-        raw = ask(function, images)
-        alone = ask(function, images[:1])
+        raw = ask(function, images.clone())
+        alone = ask(function, images[:1].clone())
     except (ModelError, ScoreError) as error:
         raise ModelError(
             f"--model {spec.model} fails on noise of {height} x {width} pixels: {error}; "

@@ -1,7 +1,8 @@
 """Black boxes: what is asked for scores, how it is asked, and what its answer must look like.
 
 A black box is any callable from a float tensor `(B, 3, H, W)` of RGB in [0, 1] to scores `(B, C)`. The
-tensor it is given is a buffer that the next call overwrites: a black box that wants to keep it must clone it.
+tensor it is given is a buffer that the next call overwrites: a black box may write to it, as `images -= mean`
+does, and must clone it to keep it.
 """
 
 from __future__ import annotations
@@ -199,7 +200,13 @@ def launch(function: BlackBox, images: Float[Tensor, "B 3 H W"], *, kind: Kind =
             f"{' '.join(str(error).split())[:400]}"
         )
         raise (hardware_error(error, raised) or ModelError(raised)) from error
-    tensor = torch.as_tensor(answer)
+    try:
+        tensor = torch.as_tensor(answer)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ScoreError(
+            f"expected {kind} as one tensor, array or list of numbers from the model, found "
+            f"{type(answer).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
     if tensor.ndim != 2 or len(tensor) != len(images):
         raise ScoreError(
             f"expected {kind} of shape ({len(images)}, {_AXES[kind]}) from the model, "

@@ -158,7 +158,7 @@ class _Asked(Generic[AnyModel]):
 
     def scores(self, images: Float[Tensor, "B 3 H W"]) -> Float64[np.ndarray, "B C"]:
         """All scores of images in the model's own space."""
-        return ask(input_space(self.black_box).function, images)
+        return ask(input_space(self.black_box).function, images.clone())
 
 
 class _Trials(Generic[AnyModel]):

@@ -56,6 +56,14 @@ def a_dict() -> nn.Module:
     return Returns(lambda images: {"scores": images.mean((2, 3))})
 
 
+def in_place() -> nn.Module:
+    def change(images: Tensor) -> Tensor:
+        images *= 1e12  # a few times, and it is infinite
+        return 10 * (images / 1e12).mean((2, 3)) - 3
+
+    return Returns(change)
+
+
 def nans() -> nn.Module:
     return Returns(lambda images: images.mean((2, 3)) / 0 * 0)
 

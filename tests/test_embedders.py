@@ -38,6 +38,10 @@ def test_a_factory_is_taken_as_it_is_after_normalisation() -> None:
     np.testing.assert_array_equal(embedder.probe, again.probe)
 
 
+def test_a_network_may_write_to_its_batch() -> None:
+    assert load_embedder("networks:in_place", preprocessing=SMALL).dimensions == 3
+
+
 def test_exported_programs_and_onnx_are_embedders_too(tmp_path: Path) -> None:
     network = networks.tiny(6).eval()
     images = noise((32, 16), 2)

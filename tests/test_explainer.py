@@ -71,6 +71,18 @@ def test_a_black_box_may_return_lists_and_arrays(kind: type) -> None:
     np.testing.assert_allclose(result.maps, mr.explain(channel_means, IMAGE, 0, SPEC).maps, atol=1e-6)
 
 
+def test_a_black_box_may_write_to_its_batch() -> None:
+    def in_place(images: Tensor) -> Tensor:
+        images -= 0.3
+        images.clamp_(min=0)
+        return channel_means(images)
+
+    ours = mr.explain(in_place, IMAGE, 0, SPEC)
+    np.testing.assert_array_equal(
+        ours.maps, mr.explain(lambda i: channel_means((i - 0.3).clamp(min=0)), IMAGE, 0, SPEC).maps
+    )
+
+
 def test_scores_may_be_a_view_of_the_batch() -> None:
     by_view = mr.explain(lambda images: images[:, :, 3, 5], IMAGE, 0, SPEC, batch_size=16)
     by_copy = mr.explain(lambda images: images[:, :, 3, 5].clone(), IMAGE, 0, SPEC, batch_size=16)
@@ -124,6 +136,14 @@ def test_bad_settings_name_the_knob(change: dict, message: str) -> None:
             errors.ModelError,
             r"RuntimeError on a batch of shape \(1, 3, 16, 24\)",
         ),
+        (
+            lambda i: {"scores": channel_means(i)},
+            errors.ScoreError,
+            "expected scores as one tensor.*found dict",
+        ),
+        (lambda i: None, errors.ScoreError, "expected scores as one tensor.*found NoneType"),
+        (lambda i: (channel_means(i), 1), errors.ScoreError, "expected scores as one tensor.*found tuple"),
+        (lambda i: np.array([["a"]]), errors.ScoreError, "expected scores as one tensor.*found ndarray"),
     ],
 )
 def test_bad_black_boxes_are_named(box: object, error: type[Exception], message: str) -> None:

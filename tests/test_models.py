@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mcrise_ray as mr
-from mcrise_ray import zoo
+from mcrise_ray import tuning, zoo
 from mcrise_ray.errors import ModelError, SpecError
 
 SMALL = {"size": (16, 24)}
@@ -61,6 +61,15 @@ def test_factory_of_a_callable_is_a_black_box_of_rgb() -> None:
         "networks:means", preprocessing={**SMALL, "input_range": "0-255", "activation": "none"}
     )
     np.testing.assert_allclose(bytes_(images), 255 * images.mean((2, 3)), rtol=1e-5)
+
+
+def test_a_network_may_write_to_its_batch() -> None:
+    model = mr.load_model("networks:in_place", preprocessing={**SMALL, "input_range": "0-1"})
+    image = np.full((16, 24, 3), 128, np.uint8)
+    settled = tuning.settle(model, mr.ExplainSpec(masks=2000), image, masks=2000, batch_size=8)
+    torch.testing.assert_close(
+        settled.model(noise((16, 24))), (10 * noise((16, 24)).mean((2, 3)) - 3).softmax(1)
+    )
 
 
 def test_logits_are_explained_when_asked_for_in_so_many_words() -> None:
