@@ -143,7 +143,10 @@ def optional(module: str, extra: str) -> ModuleType:
 def ready(network: nn.Module, device: torch.device) -> nn.Module:
     """A network in inference mode on a device."""
     try:
-        return network.eval().requires_grad_(False).to(device)
+        network.eval()
+        for weight in network.parameters():  # one by one: TorchScript knows no other way
+            weight.requires_grad_(False)
+        return network.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
             f"cannot move the model to device {device}: {first_line(error)}; check --device"

@@ -141,9 +141,9 @@ def load_factory(spec: ModelSpec, device: torch.device) -> Loaded:
         sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(path), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # of whatever stands in a module of the user
         raise ModelError(
-            f"cannot import --model {spec.model}: {first_line(error)}; "
+            f"cannot import --model {spec.model}: {type(error).__name__}: {first_line(error)}; "
             "expected package.module:factory, importable from here"
         ) from error
     try:
@@ -158,16 +158,18 @@ def load_factory(spec: ModelSpec, device: torch.device) -> Loaded:
         raise ModelError(
             f"expected an nn.Module or a callable from --model {spec.model}, found {type(built).__name__}"
         )
+    fields: dict[str, Any] = {"activation": "softmax"}
+    if isinstance(built, Classifier):
+        fields = {"mean": built.mean, "std": built.std, "activation": built.activation}
+        built = built.network
+    elif not isinstance(built, nn.Module):
+        fields = {**NO_NORMALISATION, "activation": "none"}
     if not isinstance(built, nn.Module):
         if spec.weights is not None:
             raise ModelError(
                 f"--weights needs an nn.Module, but --model {spec.model} returned {type(built).__name__}"
             )
-        return Loaded(built, {**NO_NORMALISATION, "activation": "none"}, torch.device("cpu"))
-    fields: dict[str, Any] = {"activation": "softmax"}
-    if isinstance(built, Classifier):
-        fields = {"mean": built.mean, "std": built.std, "activation": built.activation}
-        built = built.network
+        return Loaded(built, fields, torch.device("cpu"))
     if spec.weights is not None:
         load_state(built, read_weights(spec.weights), spec)
     return Loaded(ready(built, device), fields, device)

@@ -98,6 +98,20 @@ def own_classifier():
     return mr.Classifier(Tiny(), (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), "sigmoid")
 
 
+def classifier_of_a_function():
+    import mcrise_ray as mr
+
+    return mr.Classifier(Tiny().eval().forward, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), "sigmoid")
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(Tiny())
+
+
+def frozen() -> nn.Module:
+    return torch.jit.freeze(torch.jit.script(Tiny().eval()))
+
+
 def fails():
     raise ValueError("no such file")
 

@@ -52,6 +52,21 @@ def test_factory_of_a_classifier_keeps_what_it_says_and_can_be_overruled() -> No
     torch.testing.assert_close(other(images).sum(1), torch.ones(3))
 
 
+def test_a_classifier_may_be_of_a_function() -> None:
+    model = mr.load_model("networks:classifier_of_a_function", preprocessing=SMALL)
+    images = noise((16, 24))
+    torch.testing.assert_close(model(images), networks.own_classifier().eval()(images))
+
+
+@pytest.mark.parametrize("factory", ["scripted", "frozen"])
+def test_factory_of_torchscript(factory: str) -> None:
+    model = mr.load_model(f"networks:{factory}", preprocessing=SMALL)
+    images = noise((16, 24))
+    torch.testing.assert_close(
+        model(images), mr.load_model("networks:tiny", preprocessing=SMALL)(images), atol=1e-6, rtol=0
+    )
+
+
 def test_factory_of_a_callable_is_a_black_box_of_rgb() -> None:
     model = mr.load_model("networks:means", preprocessing=SMALL)
     images = noise((16, 24))
@@ -105,6 +120,14 @@ def test_self_check_names_the_knob(factory: str, fields: dict, message: str) -> 
         mr.load_model(f"networks:{factory}", preprocessing={**SMALL, **fields})
     assert "\n" not in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["raise ValueError('no\\nlicence')", "def f(:"])
+def test_a_module_that_cannot_be_imported(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_module.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match=r"cannot import --model broken_module:f: (Value|Syntax)Error: \w+"):
+        mr.load_model("broken_module:f")
 
 
 def test_class_names_must_be_as_many_as_classes(tmp_path: Path) -> None:
