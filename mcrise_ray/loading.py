@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import pickle
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -161,8 +162,8 @@ def read_class_names(path: str) -> tuple[str, ...]:
         raise ModelError(f"cannot read class names from {path}: {error}; check --classes") from error
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
-    """A state dict from a safetensors file or from `torch.save`, without running pickled code.
+def read_weights(path: str, network: nn.Module) -> dict[str, Tensor]:
+    """A state dict for a network, from safetensors or `torch.save`, without running pickled code.
 
     Raises:
         ModelError: it is neither; the message says why.
@@ -173,7 +174,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            return dict(load_file(path))
+            return _under_its_names(load_file(path), network)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ModelError(
@@ -185,9 +186,10 @@ def read_weights(path: str) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(
-            f"expected a state dict of tensors in {path}, found {type(content).__name__}; check --weights"
+            f"expected a state dict of tensors in {path}, found {_found(content)}; "
+            "save the state dict alone, or check --weights"
         )
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    return _under_its_names(content, network)
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], spec: ModelSpec) -> None:
@@ -222,8 +224,34 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _under_its_names(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """A state dict without what training has put before all names: `module.` of DataParallel, `_orig_mod.` of
+    torch.compile, the attribute of a Lightning module. Weights that are used twice are under both names, of
+    which `safetensors.torch.save_model` keeps one.
+    """
+    own = network.state_dict(keep_vars=True)
+    if not own.keys() & state.keys():
+        before = _common(state).removesuffix(_common(own))
+        state = {name.removeprefix(before): tensor for name, tensor in state.items()}
+    given = {id(weight): state[name] for name, weight in own.items() if name in state}
+    return {name: given[id(weight)] for name, weight in own.items() if id(weight) in given} | state
+
+
+def _common(names: Iterable[str]) -> str:
+    """What all names begin with, up to a dot."""
+    common = os.path.commonprefix(list(names))  # noqa: RUF071 - it is cut at a dot
+    return common[: common.rfind(".") + 1]
+
+
+def _found(content: object) -> str:
+    keys = f" of {', '.join(map(str, content))}"[:200] if isinstance(content, dict) else ""
+    return type(content).__name__ + keys
+
+
 def _reason(error: BaseException) -> str:
     """Why torch refused a file. Its first line advises to run the pickled code; the cause stands below it."""
+    if "TorchScript" in str(error):
+        return "it is a program of TorchScript, which a factory may return: torch.jit.load(...)"
     if code := re.search(
         r"unsupported global: GLOBAL (\S+)|unsupported GLOBAL (\S+)", str(error), re.IGNORECASE
     ):

@@ -171,7 +171,7 @@ def load_factory(spec: ModelSpec, device: torch.device) -> Loaded:
             )
         return Loaded(built, fields, torch.device("cpu"))
     if spec.weights is not None:
-        load_state(built, read_weights(spec.weights), spec)
+        load_state(built, read_weights(spec.weights, built), spec)
     return Loaded(ready(built, device), fields, device)
 
 
@@ -204,8 +204,8 @@ def with_weights(build: Any, arguments: dict[str, int], spec: ModelSpec) -> nn.M
     if spec.weights is None:
         network: nn.Module = build(**arguments)
         return network
-    state = read_weights(spec.weights)
     network = build(**arguments)
+    state = read_weights(spec.weights, network)
     if not arguments and (classes := class_count(network, state)):
         network = build(**classes)
     load_state(network, state, spec)

@@ -36,6 +36,18 @@ class Returns(nn.Module):
         return self.function(images)
 
 
+class Tied(Tiny):
+    """The same weights under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = self.head
+
+
+def tied() -> Tied:
+    return Tied()
+
+
 def tiny(classes: int | str = CLASSES) -> Tiny:
     return Tiny(int(classes))
 

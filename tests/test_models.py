@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import mcrise_ray as mr
@@ -189,25 +189,35 @@ def test_a_device_that_is_not_there() -> None:
         mr.load_model("networks:tiny", device="cuda:3")
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pt", "nested.pt", "parallel.pt"])
+@pytest.mark.parametrize(
+    "suffix", ["safetensors", "pt", "nested.pt", "parallel.pt", "parallel.safetensors", "lightning.pt"]
+)
 def test_weights_of_every_kind(tmp_path: Path, suffix: str) -> None:
     network = networks.tiny()
     with torch.no_grad():
         network.head.bias.add_(1)
     path = str(tmp_path / f"w.{suffix}")
-    state = network.state_dict()
-    if suffix == "safetensors":
+    prefix = {"lightning.pt": "net._orig_mod."}.get(
+        suffix, "module." if suffix.startswith("parallel") else ""
+    )
+    state = {f"{prefix}{name}": value for name, value in network.state_dict().items()}
+    if suffix.endswith("safetensors"):
         save_file(state, path)
     else:
-        prefixed = {f"module.{name}": value for name, value in state.items()}
-        torch.save(
-            {"pt": state, "nested.pt": {"state_dict": state, "epoch": 3}, "parallel.pt": prefixed}[suffix],
-            path,
-        )
+        torch.save(state if suffix in {"pt", "parallel.pt"} else {"state_dict": state, "epoch": 3}, path)
     model = mr.load_model("networks:tiny", weights=path, preprocessing=SMALL)
     images = noise((16, 24))
     expected = network.eval()(normalized(images, model.preprocessing)).softmax(1)
     torch.testing.assert_close(model(images), expected)
+
+
+def test_weights_that_are_used_twice(tmp_path: Path) -> None:
+    network, path = networks.tied(), str(tmp_path / "w.safetensors")
+    nn.init.constant_(network.head.weight, 3)
+    save_model(network, path)
+    assert len(load_file(path)) < len(network.state_dict())
+    model = mr.load_model("networks:tied", weights=path, preprocessing=SMALL)
+    torch.testing.assert_close(model.black_box.network.classifier.weight, network.head.weight)
 
 
 class Malicious:
@@ -237,7 +247,15 @@ def test_weights_that_are_no_state_dict_or_do_not_fit(tmp_path: Path) -> None:
     path = str(tmp_path / "w.pt")
     torch.save([torch.zeros(2)], path)
     with pytest.raises(
-        ModelError, match=r"expected a state dict of tensors in .*, found list; check --weights"
+        ModelError, match=r"expected a state dict of tensors in .*, found list; save the state dict"
+    ):
+        mr.load_model("networks:tiny", weights=path)
+    torch.save({"net": networks.tiny().state_dict(), "acc": 0.9}, path)
+    with pytest.raises(ModelError, match="found dict of net, acc; save the state dict alone, or check"):
+        mr.load_model("networks:tiny", weights=path)
+    torch.jit.save(networks.scripted(), path)
+    with pytest.raises(
+        ModelError, match=r"is a program of TorchScript, which a factory may return: torch.jit"
     ):
         mr.load_model("networks:tiny", weights=path)
     torch.save(networks.tiny(7).state_dict(), path)
