@@ -39,7 +39,12 @@ Weights = Annotated[
 ]
 Classes = Annotated[str | None, typer.Option(help="Text file of class names, one per line in index order.")]
 ModelArgs = Annotated[
-    list[str] | None, typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument of a factory.")
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="KEY=VALUE",
+        help="Argument of a factory, of the type that its annotation or default says.",
+    ),
 ]
 Size = Annotated[str | None, typer.Option(metavar="HxW", help="Size of the model's input.")]
 Resize = Annotated[

@@ -41,7 +41,8 @@ class ModelSpec(StrictModel):
             model on a KServe v2 server (options: see `mcrise_ray.servers.ServerUrl`).
         weights: a safetensors file, or a state dict saved by `torch.save`; no pickled code is run.
         classes: a text file with one class name per line, in index order.
-        args: keyword arguments of a factory.
+        args: keyword arguments of a factory. Text is read as the annotation of its parameter says, or the
+            default: 64 for `width: int` and for `width=32`.
         preprocessing: fields of `Preprocessing` that replace the model's own. An `input_range` without `mean`
             and `std` means that there is no further normalisation.
         device: `cuda`, `cuda:1`, `cpu`; the first GPU where there is one by default.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from torch import nn
 
 from mcrise_ray.errors import MCRiseError, ModelError
@@ -36,6 +39,8 @@ _PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 _TRANSFORMED = {"googlenet", "inception_v3"}  # by `transform_input`, which is no part of their weights
 
+
+_KIND_OF_DEFAULT: dict[type, Any] = {bool: bool, int: int | float, float: float}
 
 _PROCESSED = {"size", "resize", "shorter_side", "mean", "std", "interpolation"}
 _PROCESSED_ALIKE = 0.05  # of inputs whose spread is about 1; roundings to bytes are a tenth of it
@@ -147,7 +152,7 @@ def load_factory(spec: ModelSpec, device: torch.device) -> Loaded:
             "expected package.module:factory, importable from here"
         ) from error
     try:
-        built = factory(**spec.args)
+        built = factory(**_arguments(factory, spec))
     except MCRiseError:
         raise
     except Exception as error:
@@ -173,6 +178,40 @@ def load_factory(spec: ModelSpec, device: torch.device) -> Loaded:
     if spec.weights is not None:
         load_state(built, read_weights(spec.weights, built), spec)
     return Loaded(ready(built, device), fields, device)
+
+
+def _arguments(factory: Any, spec: ModelSpec) -> dict[str, Any]:
+    """A factory's arguments, text of them as its annotations say, or else the kinds of its defaults.
+
+    A command line knows text alone, and a factory that says `width: int` would get "64". Numbers of a job
+    file are what they are.
+    """
+    try:
+        parameters = inspect.signature(factory, eval_str=True).parameters
+    except Exception:  # noqa: BLE001 - builtins tell none, and annotations may be for type checkers alone
+        return spec.args
+    return {
+        name: _read(name, value, parameters[name]) if isinstance(value, str) and name in parameters else value
+        for name, value in spec.args.items()
+    }
+
+
+def _read(name: str, text: str, parameter: inspect.Parameter) -> Any:
+    annotated = parameter.annotation is not inspect.Parameter.empty
+    kind = parameter.annotation if annotated else _KIND_OF_DEFAULT.get(type(parameter.default), str)
+    try:
+        reader: TypeAdapter[Any] = TypeAdapter(kind)
+    except PydanticUserError:  # a class that nothing is known of
+        return text
+    for read in (reader.validate_python, reader.validate_json):
+        with suppress(ValidationError):
+            return read(text)
+    if annotated:
+        raise ModelError(
+            f"--model-arg {name}: expected {inspect.formatannotation(kind)}, as the factory says, "
+            f"found {text!r}; lists and null are written as in JSON"
+        )
+    return text
 
 
 def _torchvision_pretrained(name: str, asked: str, device: torch.device) -> Loaded:

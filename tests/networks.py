@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,27 @@ def tied() -> Tied:
 
 def tiny(classes: int | str = CLASSES) -> Tiny:
     return Tiny(int(classes))
+
+
+def given(
+    count: int,
+    scale=1,
+    deep=False,
+    name=None,
+    tag: str = "",
+    sizes: tuple[int, ...] = (),
+    at: torch.device | None = None,
+    **more,
+):
+    """A black box that says what it was built with."""
+    network = means()
+    network.given = {**locals(), **more}
+    return network
+
+
+class Wide(Tiny):
+    def __init__(self, classes: int = 2, init: Literal["zeros", "normal"] = "normal") -> None:
+        super().__init__(classes)
 
 
 def soft() -> nn.Module:

@@ -42,6 +42,39 @@ def test_factory_of_a_module_gets_normalisation_and_softmax() -> None:
     assert model.preprocessing == mr.Preprocessing(**SMALL)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ({"count": "64"}, 64),
+        ({"scale": "2"}, 2),
+        ({"scale": "0.5"}, 0.5),
+        ({"scale": "half"}, "half"),
+        ({"deep": "true"}, True),
+        ({"deep": "False"}, False),
+        ({"name": "12"}, "12"),
+        ({"tag": "1.0"}, "1.0"),
+        ({"sizes": "[3, 4]"}, (3, 4)),
+        ({"sizes": [3, 4]}, [3, 4]),
+        ({"scale": 3.5}, 3.5),
+        ({"at": "cpu"}, "cpu"),
+        ({"other": "7"}, "7"),
+    ],
+)
+def test_text_is_what_a_factory_says(text: dict, value: object) -> None:
+    model = mr.load_model("networks:given", args={"count": 1, **text}, preprocessing=SMALL)
+    (name,) = text
+    found = model.black_box.given[name]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_text_that_is_not_what_a_factory_says() -> None:
+    assert mr.load_model("networks:Wide", args={"classes": "7"}, preprocessing=SMALL).classes == 7
+    with pytest.raises(ModelError, match="--model-arg classes: expected int, as the factory says, found 'x'"):
+        mr.load_model("networks:Wide", args={"classes": "x"})
+    with pytest.raises(ModelError, match=r"--model-arg init: expected Literal\['zeros', .*found 'ones'"):
+        mr.load_model("networks:Wide", args={"init": "ones"})
+
+
 def test_factory_of_a_classifier_keeps_what_it_says_and_can_be_overruled() -> None:
     model = mr.load_model("networks:own_classifier", preprocessing=SMALL)
     assert model.preprocessing.mean == (0.1, 0.2, 0.3)
