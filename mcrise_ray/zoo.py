@@ -79,6 +79,11 @@ def load_timm(spec: ModelSpec, device: torch.device) -> Loaded:
     pretrained = options.pop("pretrained", "false")
     if pretrained not in {"true", "false"}:
         raise ModelError(f"expected ?pretrained=true or ?pretrained=false, found {pretrained!r}")
+    if pretrained == "true" and options and spec.weights is None:
+        raise ModelError(
+            "expected ?pretrained=true alone, because a last layer for other classes would be random, found "
+            f"?num_classes={options['num_classes']} beside it; leave that out, or give --weights"
+        )
     if ":" not in name and not timm.is_model(name):
         near = did_you_mean(name, timm.list_models(), "see timm.list_models()")
         raise ModelError(f"timm has no model {name!r}; did you mean: {near}")
@@ -119,19 +124,27 @@ def load_huggingface(spec: ModelSpec, device: torch.device) -> Loaded:
     name = os.path.expanduser(name)
     transformers.utils.logging.disable_progress_bar()
     try:
-        network = transformers.AutoModelForImageClassification.from_pretrained(name)
+        network, loading = transformers.AutoModelForImageClassification.from_pretrained(
+            name, output_loading_info=True
+        )
     except Exception as error:
         raise ModelError(
             f"cannot load an image classifier from hf:{name}: {first_line(error)}; "
             "expected a local folder or a model id"
         ) from error
+    if drawn := sorted(dict(network.named_parameters()).keys() & loading["missing_keys"]):
+        raise ModelError(
+            f"expected all weights of an image classifier in hf:{name}, found no {', '.join(drawn)[:200]}, "
+            "which would be random; name a model that was trained as a classifier"
+        )
     labels = network.config.id2label
     multi_label = network.config.problem_type == "multi_label_classification"
     processing = _processor_fields(transformers, name, spec)
     _check_processor(transformers, name, processing, spec)
     fields = {"activation": "sigmoid" if multi_label else "softmax", **processing}
     names = tuple(str(labels[index]) for index in sorted(labels))
-    return Loaded(ready(network, device), fields, device, names)
+    # In float32, which the precision is judged by, whatever its weights are stored in.
+    return Loaded(ready(network.float(), device), fields, device, names)
 
 
 def load_factory(spec: ModelSpec, device: torch.device) -> Loaded:

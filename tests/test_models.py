@@ -351,6 +351,7 @@ def test_timm_names_classes_of_pretrained_networks_alone() -> None:
     [
         ("timm:mobilenetv3_small_051", "timm has no model .*; did you mean: .*mobilenetv3_small"),
         ("timm:resnet18?pretrained=yes", "expected .pretrained=true or .pretrained=false, found 'yes'"),
+        ("timm:resnet18?pretrained=true&num_classes=9", r"alone, .* found \?num_classes=9 beside it; leave"),
     ],
 )
 def test_timm_errors(model: str, message: str) -> None:
@@ -407,6 +408,28 @@ def test_huggingface_folder_tells_all(vit_folder: Path) -> None:
     inputs = processor(small, do_resize=False, return_tensors="pt")
     ours = model(torch.from_numpy(small.copy()).permute(2, 0, 1)[None] / 255)
     torch.testing.assert_close(ours, network(**inputs).logits.softmax(1).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_huggingface_weights_are_asked_in_float32(vit_folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    network = transformers.AutoModelForImageClassification.from_pretrained(vit_folder)
+    network.bfloat16().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_bytes(
+        (vit_folder / "preprocessor_config.json").read_bytes()
+    )
+    model = mr.load_model(f"hf:{tmp_path}")
+    assert {weight.dtype for weight in model.black_box.parameters()} == {torch.float32}
+
+
+def test_huggingface_without_a_trained_classifier_is_refused(vit_folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    transformers.AutoModel.from_pretrained(vit_folder).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"expected all weights of .* found no classifier.bias, classifier.weight"
+    ):
+        mr.load_model(f"hf:{tmp_path}")
 
 
 def test_huggingface_errors(vit_folder: Path, tmp_path: Path) -> None:
