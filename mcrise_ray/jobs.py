@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -292,6 +293,7 @@ def draw_figures(job: JobSpec, reporter: Reporter) -> list[str]:
     from mcrise_ray import render
 
     drawn: list[str] = []
+    without_glyphs = 0
     told = time.monotonic()
     store = Store(job.output)
     there = set(store.files("figures"))
@@ -317,12 +319,20 @@ def draw_figures(job: JobSpec, reporter: Reporter) -> list[str]:
             render.FigureRow(_title(row), row.method, row.colors, row.map, row.relative_error, match)
             for row, match in zip_longest(rows, matches)
         ]
-        picture = render.draw(image, lines)
-        store.write_figure(image_id, render.to_png(picture))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            png = render.to_png(render.draw(image, lines))
+        without_glyphs += any("missing from font" in str(warning.message) for warning in caught)
+        store.write_figure(image_id, png)
         drawn.append(name)
         if time.monotonic() - told > _TELL_EVERY:
             told = time.monotonic()
             reporter.note(f"{len(drawn)} figures drawn, of {job.figures} at most")
+    if without_glyphs:
+        reporter.note(
+            f"names in {without_glyphs} figures have characters that their font lacks; name a font that has "
+            "them in font.family of a matplotlibrc"
+        )
     return [files.join(job.output, name) for name in drawn]
 
 

@@ -8,20 +8,32 @@ from textwrap import fill
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import ScaledTranslation
 
 from mcrise_ray.spec import color_name
 
 # Neither end is one of the palettes' colours, so that a heat map is not mistaken for its fill.
 _DIVERGING = "PuOr_r"
 _SEQUENTIAL = "viridis"
+_CUT_OFF = "0.6"  # grey: white would say that it does not matter
 
 MOST_LINES = 12  # of a figure, one per target: more make pictures of which programs refuse to show the height
-_TITLE_WIDTH = 30  # characters
+
+_TITLE_WIDTH = 30  # characters, where they are no wider than usual
+_MORE = " ..."
+
+# Inches.
+_MOST_HEIGHT = 100.0  # of a figure, for the same reason
+_CELL = 1.7  # width of a picture
+_ABOVE = 0.7  # a picture
+_LEAST_HEIGHT = 0.9  # of a picture's place: what the bar beside it means needs as much
 
 _MEANING = {
     "mc-rise": "change of the {score} when a pixel takes the colour",
@@ -74,9 +86,9 @@ def draw(image: UInt8[np.ndarray, "H W 3"], rows: Sequence[FigureRow]) -> Figure
     rows = rows[:MOST_LINES]
     pictures = 1 + any(row.match is not None for row in rows)
     columns = pictures + max(len(row.maps) for row in rows)
-    aspect = image.shape[0] / image.shape[1]
-    cell = 1.7
-    figure = Figure(figsize=(cell * columns + 1.0, (cell * aspect + 0.7) * len(rows)), layout="constrained")
+    height = _ABOVE + max(_LEAST_HEIGHT, _CELL * image.shape[0] / image.shape[1])
+    size = _CELL * columns + 1.0, min(height * len(rows), _MOST_HEIGHT)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, line in zip(rows, axes, strict=True):
@@ -84,21 +96,25 @@ def draw(image: UInt8[np.ndarray, "H W 3"], rows: Sequence[FigureRow]) -> Figure
             axis.set_axis_off()
         for axis, (title, picture) in zip(line, _pictures(image, row), strict=False):
             axis.imshow(picture)
-            axis.set_title(_in_lines(title), fontsize=8)
+            axis.set_title(_in_lines(title, figure), fontsize=8, parse_math=False)
         norm = _scale(row)
-        palette = _SEQUENTIAL if row.method == "rise" else _DIVERGING
+        palette = colormaps[_SEQUENTIAL if row.method == "rise" else _DIVERGING].with_extremes(bad=_CUT_OFF)
         for axis, color, heat in zip(line[pictures:], row.colors, row.maps, strict=False):
             shown = axis.imshow(heat, cmap=palette, norm=norm)
             if color is not None:
-                _swatch(axis, color, aspect)
+                _swatch(axis, color, figure)
         error = row.relative_error
         known = error is not None and np.isfinite(error)
         note = f"\nrelative error {error:.2f}" if known else "\nrelative error unknown"
         bar = figure.colorbar(shown, ax=list(line), fraction=0.05, pad=0.01)
         bar.set_label(_wrap(row.meaning) + note, fontsize=6)
         bar.ax.tick_params(labelsize=6)
-    if left_out:
-        figure.supxlabel(f"and {left_out} more targets, which are in maps/ alone", fontsize=8)
+        bar.ax.yaxis.get_offset_text().set_fontsize(6)
+    notes = [f"and {left_out} more targets, which are in maps/ alone"] * (left_out > 0)
+    if any(np.isnan(row.maps).any() for row in rows):
+        notes.append("grey: cut off before the model sees it")
+    if notes:
+        figure.supxlabel("; ".join(notes), fontsize=8)
     return figure
 
 
@@ -109,9 +125,22 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _in_lines(title: str) -> str:
+def _in_lines(title: str, figure: Figure) -> str:
     """As wide as a picture; of class names that list every synonym, the beginning."""
-    return "\n".join(fill(line, _TITLE_WIDTH, max_lines=2, placeholder=" ...") for line in title.splitlines())
+    return "\n".join(_wrapped(line, figure) for line in title.splitlines())
+
+
+def _wrapped(line: str, figure: Figure) -> str:
+    """In at most two lines that fit above a picture: capitals and Chinese are wide."""
+    measure = figure.canvas.get_renderer().get_text_width_height_descent  # type: ignore[attr-defined]
+    for width in range(_TITLE_WIDTH, len(_MORE), -1):
+        text = fill(line, width, max_lines=2, placeholder=_MORE)
+        if all(
+            measure(part, FontProperties(size=8), ismath=False)[0] < _CELL * figure.dpi
+            for part in text.splitlines()
+        ):
+            break
+    return text
 
 
 def _pictures(image: UInt8[np.ndarray, "H W 3"], row: FigureRow) -> list[Picture]:
@@ -119,22 +148,24 @@ def _pictures(image: UInt8[np.ndarray, "H W 3"], row: FigureRow) -> list[Picture
 
 
 def _scale(row: FigureRow) -> Normalize:
-    if row.method == "rise":
-        return Normalize(float(np.nanmin(row.maps)), float(np.nanmax(row.maps)))
+    values = row.maps[~np.isnan(row.maps)]
+    if row.method == "rise" and values.size:
+        return Normalize(float(values.min()), float(values.max()))
     # A map of zeros still needs a scale with some width.
-    limit = float(np.nanmax(np.abs(row.maps))) or 1e-12
+    limit = float(np.abs(values).max(initial=0)) or 1e-12
     return Normalize(-limit, limit)
 
 
-def _swatch(axis: Axes, color: str, aspect: float) -> None:
-    """The colour and its name above a map of that height over width."""
+def _swatch(axis: Axes, color: str, figure: Figure) -> None:
+    """The colour and its name above a map."""
     axis.set_title(color_name(color), fontsize=8, pad=15)
+    top = ScaledTranslation(0.5, 1, axis.transAxes)  # type: ignore[arg-type]  # takes any transform
     axis.add_patch(
         Rectangle(
-            (0.3, 1 + 0.02 / aspect),
-            0.4,
-            0.09 / aspect,
-            transform=axis.transAxes,
+            (-0.32, 0.03),
+            0.64,
+            0.14,
+            transform=figure.dpi_scale_trans + top,
             clip_on=False,
             facecolor=color,
             edgecolor="0.4",

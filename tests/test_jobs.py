@@ -517,6 +517,21 @@ def test_drawing_tells_how_far_it_is(folder: Path, tmp_path: Path, monkeypatch: 
     assert reporter.notes == ["1 figures drawn, of 5 at most", "2 figures drawn, of 5 at most"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_that_no_font_can_draw_are_told_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_TELL_EVERY", 600.0)
+    (tmp_path / "names.txt").write_text("止まれ\nb\nc\nd\n", encoding="utf-8")
+    named = NETWORK.model_copy(update={"classes": str(tmp_path / "names.txt")})
+    spec = job(folder / "deep", tmp_path / "out", figures=5, model=named)
+    run_job(spec, Silent())
+    reporter = Silent()
+    assert len(draw_figures(spec, reporter)) == 2
+    (note,) = reporter.notes
+    assert re.match(r"names in 2 figures have characters that their font lacks.*font\.family", note)
+
+
 def test_a_figure_of_many_targets_draws_the_first_and_says_so() -> None:
     """Names with every synonym stay above their picture, and an unknown error is no error of none."""
     name = "coho, cohoe, coho salmon, blue jack, silver salmon, Oncorhynchus kisutch"
@@ -527,7 +542,7 @@ def test_a_figure_of_many_targets_draws_the_first_and_says_so() -> None:
     ]
     figure = render.draw(np.zeros((8, 8, 3), np.uint8), rows)
     titles = [axis.get_title() for axis in figure.axes if axis.get_title().startswith("top")]
-    assert titles[0] == "top0\ncoho, cohoe, coho salmon, blue\njack, silver salmon, ..."
+    assert titles[0] == "top0\ncoho, cohoe, coho salmon,\nblue jack, silver salmon, ..."
     assert len(titles) == render.MOST_LINES == 12
     assert figure.get_supxlabel() == "and 8 more targets, which are in maps/ alone"
     labels = [axis.get_ylabel().splitlines()[-1] for axis in figure.axes if axis.get_ylabel()]
