@@ -13,11 +13,11 @@ import pyarrow.fs
 
 from mcrise_ray.errors import StoreError
 from mcrise_ray.rows import ErrorRow, MapRow, MatchRow
-from mcrise_ray.store import is_part, resolve
+from mcrise_ray.store import is_part, reading, resolve
 
 
 class Results:
-    """What a job has committed so far; opening it reads no maps.
+    """What a job has committed so far; opening it reads no maps, and what cannot be read is a `StoreError`.
 
     Attributes:
         job: the content of `job.json`.
@@ -43,11 +43,13 @@ class Results:
     @property
     def errors(self) -> list[ErrorRow]:
         """All rows of `errors/`."""
-        dataset = self._dataset("errors")
-        return [ErrorRow(**row) for row in dataset.to_table().to_pylist()] if dataset.schema.names else []
+        with reading(f"{self._root}/errors"):
+            dataset = self._dataset("errors")
+            return [ErrorRow(**row) for row in dataset.to_table().to_pylist()] if dataset.schema.names else []
 
     def __len__(self) -> int:
-        return int(self.maps.count_rows())
+        with reading(f"{self._root}/maps"):
+            return int(self.maps.count_rows())
 
     def __iter__(self) -> Iterator[MapRow]:
         """Rows in the order they were committed, one batch in memory at a time; `MatchRow`s of a ReID job."""
@@ -62,8 +64,9 @@ class Results:
     def _batches(self) -> Iterator[pa.RecordBatch]:
         """Some rows at a time; file by file, because maps of different files may differ in their shape."""
         for file in self._files("maps"):
-            dataset = pa.dataset.dataset(file, filesystem=self._filesystem, format="parquet")
-            yield from dataset.to_batches(batch_size=16, batch_readahead=1, fragment_readahead=1)
+            with reading(file):
+                dataset = pa.dataset.dataset(file, filesystem=self._filesystem, format="parquet")
+                yield from dataset.to_batches(batch_size=16, batch_readahead=1, fragment_readahead=1)
 
     def _dataset(self, name: str) -> pa.dataset.Dataset:
         files = self._files(name)

@@ -69,6 +69,19 @@ def is_part(path: str) -> bool:
     return re.search(r"/part-\d{6,}-[0-9a-f]{8}\.parquet$", path) is not None
 
 
+@contextmanager
+def reading(part: str) -> Iterator[None]:
+    """What goes wrong in reading a file of ours, as a `StoreError` that names it among thousands."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(
+            f"cannot read results in {part}: {reason}; if it is damaged, delete it and run the same job again, "
+            "which does its images anew"
+        ) from error
+
+
 class Store:
     """The output location of one job: a local folder, or a URL that `pyarrow.fs` knows.
 
@@ -144,7 +157,8 @@ class Store:
             for name in ("maps", "errors"):
                 ids[name] = set()
                 for file in self.parts(name):
-                    with self._filesystem.open_input_file(f"{self._root}/{file}") as source:
+                    path = f"{self._root}/{file}"
+                    with reading(path), self._filesystem.open_input_file(path) as source:
                         column = pa.parquet.read_table(source, columns=["image_id"]).column(0)
                     ids[name].update(column.unique().to_pylist())
                     rows += len(column) * (name == "maps")

@@ -441,6 +441,32 @@ def test_an_impossible_output_is_named(folder: Path, tmp_path: Path, location: s
         run_job(job(folder, tmp_path).model_copy(update={"output": location}), Silent())
 
 
+@pytest.mark.parametrize("damaged", [slice(4, None), slice(4, 400)])  # all but a signature; the first pages
+def test_a_damaged_file_among_results_is_named_and_can_be_made_anew(
+    folder: Path, tmp_path: Path, damaged: slice
+) -> None:
+    spec = job(folder / "deep", tmp_path / "out", figures=1)
+    run_job(spec, Silent())
+    before = maps(tmp_path / "out")
+    (part,) = (tmp_path / "out" / "maps").iterdir()
+    content = np.frombuffer(part.read_bytes(), np.uint8).copy()
+    content[damaged] = 255
+    part.write_bytes(content)
+    results = mr.read_results(str(tmp_path / "out"))
+    named = f"cannot read results in .*{part.name}.*if it is damaged, delete it and run the same job again"
+    with pytest.raises(errors.StoreError, match=named):
+        list(results)
+    with pytest.raises(errors.StoreError, match=named):
+        draw_figures(spec, Silent())
+    with pytest.raises(errors.StoreError, match=named):
+        run_job(spec, Silent())
+    part.unlink()
+    run_job(spec, Silent())
+    after = maps(tmp_path / "out")
+    assert all((after[key] == value).all() for key, value in before.items())
+    assert after.keys() == before.keys()
+
+
 def test_no_results_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(errors.StoreError, match=r"cannot read job\.json"):
         mr.read_results(str(tmp_path))
