@@ -238,8 +238,8 @@ def _list_folder(folder: str, classes: dict[str, int]) -> Iterator[ImageRef]:
 
 
 def _inside(found: shards.Inside, prefix: str = "") -> ImageRef:
-    image_id = prefix + found.name
-    return ImageRef(image_id, found.uri, _label_if_any(found.label))
+    problem = None if found.problem is None else f"{files.shown(found.uri)}: {found.problem}"
+    return ImageRef(prefix + found.name, found.uri, _label_if_any(found.label), problem=problem)
 
 
 def _list_csv(manifest: str) -> Iterator[ImageRef]:

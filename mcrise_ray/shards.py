@@ -30,7 +30,7 @@ from PIL import Image
 
 from mcrise_ray.decode import DecodeOptions, pillow_set_to, to_rgb
 from mcrise_ray.errors import ImageError
-from mcrise_ray.files import open_arrow, open_seekable, printable, unreadable
+from mcrise_ray.files import open_arrow, open_seekable, printable, shown, unreadable
 
 TORCHVISION: Final = "torchvision:"
 
@@ -49,11 +49,13 @@ class Inside:
         name: unique within the file where the file keeps its promises.
         uri: for `read_inside`.
         label: as stored.
+        problem: why it cannot be read, where that is known already.
     """
 
     name: str
     uri: str
     label: Any = None
+    problem: str | None = None
 
 
 def read_inside(uri: str, options: DecodeOptions) -> bytes | UInt8[np.ndarray, "h w 3"] | None:
@@ -90,13 +92,13 @@ def list_tar(shard: str, suffixes: frozenset[str]) -> Iterator[Inside]:
     Raises:
         ImageError: it is no tar file, or ends early.
     """
-    key, images, label = "", list[tuple[str, int, int]](), None
+    key, images, label = "", list[tarfile.TarInfo](), None
     with open_seekable(shard) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers them all
-                    if not member.isfile():
+                    if not (member.isfile() or member.islnk() or member.issym()):
                         continue
                     folder, name = os.path.split(member.name)
                     stem, _, extension = name.partition(".")
@@ -104,7 +106,9 @@ def list_tar(shard: str, suffixes: frozenset[str]) -> Iterator[Inside]:
                         yield from _sample(shard, images, label)
                         key, images, label = os.path.join(folder, stem), [], None
                     if os.path.splitext(name)[1].lower() in suffixes:
-                        images.append((member.name, member.offset_data, member.size))
+                        images.append(member)
+                    elif not member.isfile():
+                        continue
                     elif extension == "cls" or (extension == "json" and label is None):
                         content = tar.extractfile(member)
                         label = _tar_label(extension, content.read() if content else b"")
@@ -127,10 +131,23 @@ def _check_end(file: IO[bytes], offset: int) -> None:
             )
 
 
-def _sample(shard: str, images: list[tuple[str, int, int]], label: Any) -> Iterator[Inside]:
-    for member, offset, size in images:
-        name = printable(member)
-        yield Inside(name, f"{shard}#offset={offset}&size={size}&member={quote(name)}", label)
+def _sample(shard: str, images: list[tarfile.TarInfo], label: Any) -> Iterator[Inside]:
+    for member in images:
+        name = printable(member.name)
+        place = f"offset={member.offset_data}&size={member.size}&member={quote(name)}"
+        yield Inside(name, f"{shard}#{place}", label, _elsewhere(member))
+
+
+def _elsewhere(member: tarfile.TarInfo) -> str | None:
+    """Why the bytes of a member are not all in one place, where they are not."""
+    if not member.isfile():
+        return (
+            f"expected a file, found a link to {shown(printable(member.linkname))}; make the shard with "
+            "tar --dereference --hard-dereference"
+        )
+    if member.issparse():
+        return "expected a file, found one with holes; make the shard without tar --sparse"
+    return None
 
 
 def _tar_label(extension: str, content: bytes) -> Any:

@@ -77,8 +77,8 @@ def reading(part: str) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise StoreError(
-            f"cannot read results in {part}: {reason}; if it is damaged, delete it and run the same job again, "
-            "which does its images anew"
+            f"cannot read results in {part}: {reason}; if it is damaged, delete it and run the same job "
+            "again, which does its images anew"
         ) from error
 
 

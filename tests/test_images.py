@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import subprocess
 import tarfile
 import tempfile
 import tracemalloc
@@ -418,6 +419,26 @@ def test_a_shard_cut_after_listing_is_an_image_error(data: Path, tmp_path: Path)
     shard.write_bytes(shard.read_bytes()[:3000])
     with pytest.raises(ImageError, match="the shard has been cut short"):
         read_image(ref.uri)
+
+
+def test_members_of_a_shard_whose_bytes_are_elsewhere_are_problems(tmp_path: Path) -> None:
+    """Links vanished, and a sparse file was said to have been cut short."""
+    for kind in ("cls", "png"):
+        (tmp_path / f"a.{kind}").write_bytes(b"3" if kind == "cls" else png(0))
+    os.link(tmp_path / "a.png", tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("a.png")
+    with open(tmp_path / "d.bmp", "wb") as file:
+        file.write(b"BM")
+        file.truncate(2**20)
+    for form in ("gnu", "pax"):
+        made = ["tar", f"--format={form}", "--sparse", "-C", str(tmp_path), "-cf", str(tmp_path / "s.tar")]
+        subprocess.run([*made, "a.cls", "a.png", "b.png", "c.png", "d.bmp"], check=True)
+        whole, hard, soft, sparse = ImageSource(str(tmp_path / "s.tar"))
+        assert (whole.label, whole.problem, color_of(whole.uri)) == (3, None, 0)
+        for link in (hard, soft):
+            assert "found a link to a.png; make the shard with tar --deref" in (link.problem or "")
+        assert "found one with holes; make the shard without tar --sparse" in (sparse.problem or "")
+        assert [ref.image_id for ref in (hard, soft, sparse)] == ["s.tar/b.png", "s.tar/c.png", "s.tar/d.bmp"]
 
 
 def test_webdataset_samples_have_several_images_and_labels(tmp_path: Path) -> None:
