@@ -24,6 +24,7 @@ from mcrise_ray.identity import identity_of_name
 from mcrise_ray.images import ImageRef, read_image
 from mcrise_ray.reid import embeddings_of
 from mcrise_ray.rows import ErrorRow
+from mcrise_ray.shards import absolute
 
 _LEAST, _USUAL, _MOST = 64, 256, 512  # images of a chunk
 
@@ -54,16 +55,17 @@ class Chunk:
 
 
 def chunks(refs: Iterable[ImageRef]) -> Iterator[Chunk]:
-    """All images of a listing, lazily, with the person and camera of their name.
+    """All images of a listing, lazily, with the person and camera of their name, and absolute URIs: a gallery
+    may be used again by jobs that are started elsewhere.
 
     Where one chunk ends and the next begins is decided by the images themselves, so that a gallery that has
     grown, in whatever place, shares most of its chunks with what it was.
     """
     some: list[ImageRef] = []
     digests: list[bytes] = []
-    for ref in map(identified, refs):
-        some.append(ref)
-        digests.append(_digest(ref))
+    for ref in refs:
+        some.append(replace(identified(ref), uri=absolute(ref.uri)))
+        digests.append(_digest(some[-1]))
         ends = int.from_bytes(digests[-1][:4], "big") % _USUAL == 0
         if len(some) == _MOST or (ends and len(some) >= _LEAST):
             yield _chunk(some, digests)
@@ -138,8 +140,7 @@ def _chunk(refs: Sequence[ImageRef], digests: Sequence[bytes]) -> Chunk:
 
 def _digest(ref: ImageRef) -> bytes:
     # Two folders may hold images of the same names, and share a gallery.
-    where = files.absolute(ref.uri)
-    text = "\0".join(map(str, (ref.image_id, where, ref.pid, ref.camid, ref.problem)))
+    text = "\0".join(map(str, (ref.image_id, ref.uri, ref.pid, ref.camid, ref.problem)))
     return blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
 
 

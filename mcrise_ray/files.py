@@ -151,7 +151,7 @@ def subfolders(folder: str) -> list[str]:
 def absolute(location: str) -> str:
     """A location that means the same wherever this process was started."""
     path = local_path(location)
-    return location if path is None else os.path.abspath(path)
+    return location if path is None else location_of(os.path.abspath(path))
 
 
 def join(folder: str, relative: str) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
 from itertools import chain
 from typing import Any
@@ -31,6 +30,7 @@ from mcrise_ray.errors import StoreError
 from mcrise_ray.identity import UNKNOWN, Identities
 from mcrise_ray.models import ModelFacts
 from mcrise_ray.rows import ERROR_SCHEMA, ErrorRow, error_table
+from mcrise_ray.shards import absolute
 from mcrise_ray.store import resolve
 
 _KEYS = ("image_id", "uri", "pid", "camid")
@@ -59,17 +59,13 @@ class Gallery:
 
     def own(self, uris: Sequence[str]) -> Int64[np.ndarray, " Q"]:
         """The place of each of some images in the gallery, by where it is stored; -1 for those not in it."""
-        return _places([files.absolute(uri) for uri in uris], self._absolute_uris)
+        return _places([absolute(uri) for uri in uris], self.uris)
 
     def find(self, names: Sequence[str]) -> Int64[np.ndarray, " n"]:
         """The places of gallery images that are named by `image_id` or `uri`; -1 for those not in it."""
         by_id = _places(names, self.image_ids)
         found: np.ndarray = np.where(by_id >= 0, by_id, self.own(names))
         return found
-
-    @cached_property
-    def _absolute_uris(self) -> pa.Array:
-        return pa.array([files.absolute(uri) for uri in self.uris.to_pylist()], pa.string())
 
 
 class GalleryStore:

@@ -28,6 +28,7 @@ import pyarrow.parquet
 from jaxtyping import UInt8
 from PIL import Image
 
+from mcrise_ray import files
 from mcrise_ray.decode import DecodeOptions, pillow_set_to, to_rgb
 from mcrise_ray.errors import ImageError
 from mcrise_ray.files import open_arrow, open_seekable, printable, shown, unreadable
@@ -81,6 +82,15 @@ def read_inside(uri: str, options: DecodeOptions) -> bytes | UInt8[np.ndarray, "
 def is_inside(uri: str) -> bool:
     """Whether a URI names an image by its place in a larger file."""
     return uri.startswith(TORCHVISION) or bool(_MEMBER.fullmatch(uri) or _ROW.fullmatch(uri))
+
+
+def absolute(uri: str) -> str:
+    """A URI, of this module or of a file, that means the same wherever this process was started."""
+    if uri.startswith(TORCHVISION):
+        return re.sub(r"([?&]root=)([^&#]*)", lambda root: root[1] + files.absolute(root[2]), uri)
+    inside = _MEMBER.fullmatch(uri) or _ROW.fullmatch(uri)
+    file = inside[1] if inside else uri
+    return files.absolute(file) + uri[len(file) :]
 
 
 # WebDataset: consecutive members with the same path up to the first dot of the last part are one sample.

@@ -662,6 +662,27 @@ def test_no_permission_is_a_problem_of_one_file_or_folder() -> None:
         assert (locked.problem or "").endswith("locked: cannot read it: Permission denied")
 
 
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("../people/a#b.png", "/data/people/a#b.png"),
+        ("file:///data/a.png", "/data/a.png"),
+        ("file:///data/./caf%E9.png", "file:///data/caf%E9.png"),
+        ("s3://bucket/./a.png?region=x", "s3://bucket/./a.png?region=x"),
+        (
+            "a.tar#offset=512&size=9&member=../../b.png",
+            "/data/here/a.tar#offset=512&size=9&member=../../b.png",
+        ),
+        ("./a.parquet#row=7", "/data/here/a.parquet#row=7"),
+        ("torchvision:GTSRB?root=../gtsrb&split=test#7", "torchvision:GTSRB?root=/data/gtsrb&split=test#7"),
+    ],
+)
+def test_uris_may_be_made_absolute(monkeypatch: pytest.MonkeyPatch, uri: str, expected: str) -> None:
+    monkeypatch.setattr(os, "getcwd", lambda: "/data/here")
+    assert shards.absolute(uri) == expected
+    assert shards.absolute(expected) == expected
+
+
 def test_missing_objects_and_buckets(s3: str) -> None:
     with pytest.raises(ImageError, match=r"gone.png.*no such file"):
         read_image(s3.format("gone.png"))

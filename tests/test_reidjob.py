@@ -285,6 +285,20 @@ def test_a_gallery_is_embedded_once_for_several_jobs(
         run(other.model_copy(update={"model": model}))
 
 
+def test_a_gallery_is_the_same_wherever_a_job_is_started(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one job has listed by relative paths means the same to another, which knows own images."""
+    store, crops = str(tmp_path / "store"), folder / "gallery"
+    for name, start in (("a", folder), ("b", crops)):
+        monkeypatch.chdir(start)
+        here = os.path.relpath(crops)
+        spec = job(folder, tmp_path / name, images=(here,), reid={"gallery": (here,), "gallery_store": store})
+        assert run(spec).errors == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert {Path(row.match_uri).parent for row in mr.read_results(str(tmp_path / "b"))} == {crops}
+
+
 def test_overwriting_embeds_anew(folder: Path, tmp_path: Path) -> None:
     run(job(folder, tmp_path / "out"))
     model = job(folder, "x").model.model_copy(
