@@ -130,7 +130,8 @@ def read_pairs(location: str) -> dict[str, list[str]]:
                 raise ImageError(
                     f"{location}#line={reader.line_num}: expected a query and a match, found {row}"
                 )
-            pairs.setdefault(row[0], []).append(row[1])
+            query, match = map(files.printable, row[:2])
+            pairs.setdefault(query, []).append(match)
         return pairs
 
 

@@ -33,6 +33,7 @@ from mcrise_ray.models import ModelFacts
 from mcrise_ray.progress import GALLERY
 from mcrise_ray.reidspec import ReidSpec
 from mcrise_ray.rows import ErrorRow
+from mcrise_ray.shards import absolute
 from mcrise_ray.store import Committed
 from mcrise_ray.tasks import GalleryMatch, Query, Saved
 
@@ -179,7 +180,11 @@ class _Matcher:
         queries: Gallery,
         gallery: Gallery,
     ) -> None:
-        self._reid, self._committed, self._pairs = reid, committed, pairs
+        self._reid, self._committed = reid, committed
+        self._pairs: dict[str, list[str]] = {}  # by image_id, and by absolute URI
+        for name, matches in pairs.items():
+            for query in {name, absolute(name)}:
+                self._pairs.setdefault(query, []).extend(matches)
         self._queries, self._gallery = queries, gallery
 
     def block(self, start: int) -> tuple[list[ImageRef], list[Int64[np.ndarray, " n"]]]:
@@ -215,7 +220,7 @@ class _Matcher:
 
     def _named(self, ref: ImageRef) -> list[int] | TargetError:
         """The places of the matches that the list of pairs names for a query."""
-        names = self._pairs.get(ref.image_id) or self._pairs.get(ref.uri) or []
+        names = [*self._pairs.get(ref.image_id, ()), *self._pairs.get(ref.uri, ())]
         if not names:
             return []
         places: list[int] = self._gallery.find(names).tolist()

@@ -59,5 +59,7 @@ class ReidSpec(StrictModel):
     def _check_pairs(self) -> ReidSpec:
         if ("named" in self.matches) != (self.pairs is not None):
             found = "pairs without it" if self.pairs is not None else "no pairs"
-            raise ValueError(f"pairs: expected a list together with the match 'named', found {found}")
+            raise ValueError(
+                f"pairs (--pairs): expected a list together with the match 'named', found {found}"
+            )
         return self

@@ -178,6 +178,35 @@ def test_named_matches(folder: Path, tmp_path: Path) -> None:
     assert "found none for this query; check --pairs" in found["0004_c1s1_000001_00.png"][1]
 
 
+def test_pairs_may_name_a_query_in_any_way(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its `image_id` and by its URI, absolute or not, also one query in all of them."""
+    monkeypatch.chdir(folder)
+    query, crops = "0001_c1s1_000001_00.png", [f"000{n}_c1s1_000003_00.png" for n in (2, 3, 4)]
+    names = (query, f"query/{query}", f"{folder}/query/{query}")
+    pairs = tmp_path / "pairs.csv"
+    lines = [f"{name},{crop}" for name, crop in zip(names, crops, strict=True)]
+    pairs.write_text("\n".join(["query,match", *lines, lines[0], ""]))
+    named = {"matches": "named", "pairs": str(pairs)}
+    assert run(job(folder, tmp_path / "out", images=("query",), reid=named)).images == 1
+    assert sorted(row.match_id for row in mr.read_results(str(tmp_path / "out"))) == crops
+
+
+def test_names_that_are_no_utf8(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "people"
+    shutil.copytree(folder, root)
+    for side in ("query", "gallery"):
+        shutil.copyfile(root / "query/0001_c1s1_000001_00.png", root / side / os.fsdecode(b"caf\xe9.png"))
+    pairs = tmp_path / "pairs.csv"
+    one, other = "0001_c1s1_000001_00.png", "0001_c2s1_000001_00.png"
+    pairs.write_bytes(b"query,match\ncaf\xe9.png,%b\n%b,caf\xe9.png\n" % (other.encode(), one.encode()))
+    named = {"matches": "named", "pairs": str(pairs), "d0": 1}
+    assert run(job(root, tmp_path / "out", reid=named)).images == 2
+    found = {row.image_id: row.match_id for row in mr.read_results(str(tmp_path / "out"))}
+    assert found == {"caf\\xe9.png": other, one: "caf\\xe9.png"}
+
+
 @pytest.fixture
 def mixed(folder: Path, tmp_path: Path) -> Path:
     """The same with bad images on both sides."""
@@ -750,7 +779,10 @@ def test_reid_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     ("said", "message"),
     [
         (("--match", "best"), "matches: expected matches top1, topN, correct, wrong or named"),
-        (("--match", "named"), "pairs: expected a list together with the match 'named', found no pairs"),
+        (
+            ("--match", "named"),
+            "pairs (--pairs): expected a list together with the match 'named', found no pairs",
+        ),
         (("--d0", "0"), "d0: Input should be greater than 0"),
         (("--p-mask", "1"), "p_mask: expected a probability"),
         (("--distance", "l2"), "distance: Input should be 'euclidean' or 'cosine'"),
