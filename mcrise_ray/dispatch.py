@@ -168,13 +168,18 @@ class Ledger:
 
         Args:
             call: that was lost.
-            strike: count the loss against its first task, the one that was running.
+            strike: count the loss against its first task, the one that was running; it comes before all
+                others then, so that it is the same one again and again that is tried, until it is done or
+                given up.
             halve: use half the batch of the lost call for them.
         """
         batch_size = max(1, call.batch_size // 2) if halve else call.batch_size
+        calls = [Call((task,), batch_size) for task in call.tasks]
         if strike:
             self._attempts[call.tasks[0]] = self.attempts(call) + 1
-        self._again.extend(Call((task,), batch_size) for task in call.tasks)
+            self._again.extendleft(reversed(calls))
+        else:
+            self._again.extend(calls)
         for task in call.tasks:
             self._inspectors.discard(self._inspecting.get(task.image, _NOBODY))
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mcrise_ray.bookkeeping import Bookkeeping
 from mcrise_ray.errors import ClusterError, MCRiseError
-from mcrise_ray.faults import ACTOR_GONE, Decision, Fault, FaultKind, History, Then, decide
+from mcrise_ray.faults import ACTOR_GONE, Decision, Fault, FaultKind, History, Limits, Then, decide
 from mcrise_ray.tasks import Call, Ended, Failure, InspectTask, Reply
 
 _SHORT_CALL = 2.0  # seconds; an actor holds a second call in its queue only while calls are that short
@@ -99,26 +99,6 @@ class Sink(Protocol):
     def tick(self) -> None:
         """Time has passed."""
         ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When to stop trying.
-
-    Attributes:
-        max_retries: of one call whose actor died under it.
-        max_lost_starts: times in a row that actors, one or several together, ended before they finished
-            anything.
-        deadline: seconds that any call may take; ten times the slowest pace seen counts where that is longer,
-            and fifteen deadlines for calls without masks, whose time nothing foretells, and for an actor's
-            first masks, which may compile the model.
-        tick: seconds between looks at the clock while nothing comes back.
-    """
-
-    max_retries: int = 3
-    max_lost_starts: int = 6
-    deadline: float = 60.0
-    tick: float = 1.0
 
 
 @dataclass
@@ -232,8 +212,11 @@ class Engine:
 
     def _has_room(self, actor: _Actor) -> bool:
         """Whether an actor may hold another call: a second one of units waits where the first is quick, or
-        the actor would idle; what asks for no masks takes no time to speak of.
+        the actor would idle; what asks for no masks takes no time to speak of. A call under which an actor
+        has been lost before stands alone, or what is beside it would be suspected too.
         """
+        if any(self._ledger.attempts(call) for call in actor.calls):
+            return False
         room = 2 if 0 < self._ledger.seconds_per_unit <= _SHORT_CALL else 1
         of_units = sum(call.masks > 0 for call in actor.calls)
         return of_units < room and len(actor.calls) - of_units < _WITHOUT_MASKS
@@ -384,7 +367,7 @@ class Engine:
             lost_starts=self._lost_starts,
             built=self._ever_built,
         )
-        return decide(fault, history, self._limits.max_retries, self._limits.max_lost_starts)
+        return decide(fault, history, self._limits)
 
     def _stop(self, fault: Fault) -> MCRiseError:
         if fault.error is not None:

@@ -52,6 +52,26 @@ class History:
     built: bool = True
 
 
+@dataclass(frozen=True)
+class Limits:
+    """When to stop trying.
+
+    Attributes:
+        max_retries: of one call whose actor died under it.
+        max_lost_starts: times in a row that actors, one or several together, ended before they finished
+            anything; more than `max_retries` in any case, or a single image could stop a job.
+        deadline: seconds that any call may take; ten times the slowest pace seen counts where that is longer,
+            and fifteen deadlines for calls without masks, whose time nothing foretells, and for an actor's
+            first masks, which may compile the model.
+        tick: seconds between looks at the clock while nothing comes back.
+    """
+
+    max_retries: int = 3
+    max_lost_starts: int = 6
+    deadline: float = 60.0
+    tick: float = 1.0
+
+
 class Then(str, Enum):
     """What becomes of the task."""
 
@@ -89,19 +109,20 @@ ACTOR_GONE = frozenset(
 """Faults after which nothing more is expected of the actor: an unreachable one may live, and is ended."""
 
 
-def decide(fault: Fault, history: History, max_retries: int, max_lost_starts: int) -> Decision:
+def decide(fault: Fault, history: History, limits: Limits) -> Decision:
     """The fault policy.
 
     Args:
         fault: what happened to the task at the head of an actor's queue (or to the actor itself while it was
             building the model: then with a `History` without attempts).
         history: of the task and the job.
-        max_retries: of one task; after them its image is skipped, because it may be what kills the actors.
-        max_lost_starts: after so many times in a row that actors finished nothing, no image is to blame.
+        limits: after `max_retries` of a task its image is skipped, because it may be what kills the actors;
+            after `max_lost_starts` no image is to blame.
     """
     replace = fault.kind in ACTOR_GONE
     building = fault.kind is FaultKind.BUILD
-    hopeless = history.lost_starts >= max_lost_starts and fault.kind is not FaultKind.PREEMPTED
+    lost_starts = max(limits.max_lost_starts, limits.max_retries + 1)
+    hopeless = history.lost_starts >= lost_starts and fault.kind is not FaultKind.PREEMPTED
     if (building and not history.built) or (replace and hopeless):
         return Decision(Then.STOP, replace)
     if building or fault.kind is FaultKind.PREEMPTED:
@@ -109,5 +130,5 @@ def decide(fault: Fault, history: History, max_retries: int, max_lost_starts: in
     if fault.kind in {FaultKind.HOST_MEMORY, FaultKind.DEVICE_MEMORY} and history.batch_size > 1:
         return Decision(Then.HALVE, replace, strike=False)  # bounded by the batch size itself
     # The same code would meet the same input again: an unexpected error is not retried.
-    exhausted = fault.kind is FaultKind.BROKEN or history.attempts >= max_retries
+    exhausted = fault.kind is FaultKind.BROKEN or history.attempts >= limits.max_retries
     return Decision(Then.SKIP if exhausted else Then.REQUEUE, replace)

@@ -15,8 +15,9 @@ from mcrise_ray import files
 from mcrise_ray.access import refuse_secrets
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.dispatch import Ledger
-from mcrise_ray.engine import Engine, Executor, Limits
+from mcrise_ray.engine import Engine, Executor
 from mcrise_ray.errors import ImageError, SpecError, StoreError
+from mcrise_ray.faults import Limits
 from mcrise_ray.identity import Retrieval
 from mcrise_ray.images import ImageRef, ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec, differences

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from simulation import ORPHAN, STALL, Script, Simulation, Sums, true_value
 
 from mcrise_ray.dispatch import Ledger
-from mcrise_ray.engine import Engine, Limits
+from mcrise_ray.engine import Engine
 from mcrise_ray.errors import ClusterError, ModelError
-from mcrise_ray.faults import Fault, FaultKind
+from mcrise_ray.faults import Fault, FaultKind, Limits
 from mcrise_ray.images import ImageRef
 from mcrise_ray.plan import unit_count, units
 from mcrise_ray.spec import ExplainSpec
@@ -212,18 +212,26 @@ def test_a_fault_in_the_midst_of_a_call_keeps_what_came_before() -> None:
     assert set(simulation.units_run.values()) == {1}
 
 
-def test_an_image_that_kills_its_actors_gets_an_error_row_and_the_others_their_maps() -> None:
+@pytest.mark.parametrize("of", [is_unit, lambda call: not is_unit(call)], ids=["unit", "inspection"])
+@pytest.mark.parametrize(("actors", "max_retries"), [(1, 3), (2, 3), (1, 9)])
+def test_an_image_that_kills_its_actors_gets_an_error_row_and_the_others_their_maps(
+    actors: int, max_retries: int, of: Callable[[Call], bool]
+) -> None:
+    """Also where a call is of many units: of these the same one is tried again each time."""
+
     def script(actor: int, nth: int, call: Call) -> Fault | None:
-        is_poison = call.tasks[0].image.image_id == NAMES[2]
+        is_poison = call.tasks[0].image.image_id == NAMES[2] and of(call)
         return Fault(FaultKind.DIED, "segmentation fault") if is_poison else None
 
-    simulation = Simulation(2, script)
-    engine, sink = run(simulation)
+    simulation, sink = Simulation(actors, script, seconds=0.01), Sums()
+    ledger = Ledger((ImageRef(name, name) for name in NAMES), SPEC, batch_size=64)
+    engine = Engine(ledger, simulation, sink, Limits(max_retries=max_retries))
+    engine.run()
     assert sink.failures.keys() == {NAMES[2]}
-    assert sink.failures[NAMES[2]].message == "actor died, after 3 retries: segmentation fault"
+    assert sink.failures[NAMES[2]].message == f"actor died, after {max_retries} retries: segmentation fault"
     assert sink.values == {name: value for name, value in EXPECTED.items() if name != NAMES[2]}
-    assert engine.tally.replaced == 4
-    assert engine.tally.retries == {"actor died": 3}
+    assert engine.tally.replaced == max_retries + 1
+    assert engine.tally.retries == {"actor died": max_retries}
 
 
 def test_an_unexpected_error_fails_its_image_alone_and_at_once() -> None:

@@ -7,13 +7,13 @@ import pickle
 import pytest
 
 from mcrise_ray.errors import ModelError
-from mcrise_ray.faults import Decision, Fault, FaultKind, History, Then, decide
+from mcrise_ray.faults import Decision, Fault, FaultKind, History, Limits, Then, decide
 
 GONE = [FaultKind.DIED, FaultKind.UNAVAILABLE, FaultKind.STALLED]
 
 
 def judge(kind: FaultKind, **history: object) -> Decision:
-    return decide(Fault(kind, "text"), History(**history), max_retries=3, max_lost_starts=8)  # type: ignore[arg-type]
+    return decide(Fault(kind, "text"), History(**history), Limits(max_retries=3, max_lost_starts=8))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", GONE)
