@@ -220,10 +220,15 @@ def committed_of(job: JobSpec, store: Store) -> Committed:
     """What earlier runs of this very job have committed.
 
     Raises:
-        StoreError: the output belongs to a job with other settings.
+        StoreError: the output belongs to a job with other settings, or to nobody knows which.
     """
     there = store.read_json("job.json")
     if there is None:
+        if store.parts("maps") or store.parts("errors"):
+            raise StoreError(
+                f"expected a job.json beside the results in {job.output}, found none: nobody knows of which "
+                "job they are; choose another --output, or say --overwrite where the job is not submitted"
+            )
         return Committed.nothing()
     differing = differences(there.get("identity", {}), job.identity)
     if differing:

@@ -54,16 +54,24 @@ class Lease:
         """Say that the owner lives; cheap enough for every turn of a loop.
 
         Raises:
-            StoreError: another driver has taken over meanwhile.
+            StoreError: another driver has taken over meanwhile, or the output is gone.
         """
         with self._one_at_a_time:
-            is_fresh = time.time() - self._renewed < _RENEW_EVERY
-            if self._file is not None or is_fresh or self._released.is_set():
+            is_fresh = abs(time.time() - self._renewed) < _RENEW_EVERY  # clocks are set back, too
+            if is_fresh or self._released.is_set():
                 return
             holder = self._store.read_json(_NAME)
             if holder is not None and holder["owner"] != self._owner["owner"]:
-                raise StoreError(f"lost {self._store.location} to another job: {_describe(holder)}")
-            self._write()
+                raise StoreError(f"lost {self._store.location} to another job{_describe(holder)}")
+            if self._file is None:
+                self._write()
+                return
+            if holder is None:  # nobody else deletes it, so it is not all that was deleted
+                raise StoreError(
+                    f"expected {_NAME} in {self._store.location} while this job writes there, found none: "
+                    "was the output removed? Remove what is left of it, and run the job again"
+                )
+            self._renewed = time.time()
 
     def release(self) -> None:
         """Let the next driver in."""
@@ -100,7 +108,7 @@ class Lease:
         file.truncate(0)
         file.write(json.dumps(self._owner))
         file.flush()
-        self._file = file
+        self._file, self._renewed = file, time.time()
 
     def _claim(self) -> None:
         holder = self._store.read_json(_NAME)

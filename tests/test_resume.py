@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -351,6 +352,47 @@ def test_a_driver_that_has_lost_its_output_leaves_it_alone(
     assert {str(path) for path in out.rglob("*") if path.is_file()} == there[0]
     assert FakeObjectStore(str(out)).read_json("lock.json")["owner"] == others[0]._owner["owner"]
     others[0].release()
+
+
+def test_an_output_that_is_removed_under_its_job_stops_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[tuple[str, int], bytes]
+) -> None:
+    """It would end as done otherwise, without the maps that had been there."""
+    now = [1000.0]
+    monkeypatch.setattr(lease.time, "time", lambda: now[0])
+    out = tmp_path / "out"
+
+    class Removing(Silent):
+        def image_done(self, masks: int) -> None:
+            if out.exists():
+                shutil.rmtree(out)
+                now[0] += 30
+
+    with pytest.raises(
+        StoreError, match=r"^expected lock.json in .* while this job writes there, found none"
+    ):
+        run(job(folder, out), Removing())
+    assert not (out / "job.json").exists()
+    (out / "maps").mkdir(parents=True, exist_ok=True)
+    shutil.copy(next((tmp_path / "undisturbed/maps").iterdir()), out / "maps")  # as a late write would
+    with pytest.raises(StoreError, match=r"^expected a job.json beside the results in .*, found none"):
+        run(job(folder, out))
+    shutil.rmtree(out)
+    run(job(folder, out))
+    assert content(out) == undisturbed
+
+
+def test_a_claim_is_renewed_where_the_clock_is_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [10_000.0]
+    monkeypatch.setattr(lease.time, "time", lambda: now[0])
+    store = FakeObjectStore(str(tmp_path))
+    first = Lease(store)
+    now[0] -= 3600
+    first.renew()
+    assert store.read_json("lock.json")["renewed"] == now[0]
+    first.release()
 
 
 def test_other_files_beside_the_results_do_no_harm(folder: Path, tmp_path: Path) -> None:
