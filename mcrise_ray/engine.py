@@ -149,6 +149,7 @@ class Engine:
         self._ever_built = False
         self._pause_until = self._look_at = 0.0
         self._waiting_since: float | None = None
+        self._told_waiting = 0  # actors that wait
         self._slowest = 0.0  # seconds per mask
         self._waited = 0.0  # seconds: what comes back while the loop is busy is not late
 
@@ -170,7 +171,8 @@ class Engine:
                     continue
                 began = self._executor.now()
                 events = self._executor.wait(self._limits.tick)
-                self._waited += self._executor.now() - began
+                # More than was asked for is not waiting: this process was stopped, as by Ctrl-Z.
+                self._waited += min(self._executor.now() - began, self._limits.tick)
                 for event in events:
                     self._handle(event)
                 self._look_at_clock()
@@ -279,13 +281,20 @@ class Engine:
             # No deadline is shorter than the first of these, which is quick to compare.
             if took > self._limits.deadline and actor.calls and took > self._deadline(actor):
                 self._lose_actor(actor, Fault(FaultKind.STALLED, f"no answer within {took:.0f} s"))
-        if any(actor.built for actor in self._actors.values()):
-            self._waiting_since = None
+        self._tell_who_waits(now)
+
+    def _tell_who_waits(self, now: float) -> None:
+        """Again and again while nothing can begin; once where the job goes on with the others."""
+        asked, alive = len(self._actors), self._alive()
+        waiting = asked - alive
+        if not waiting:
+            self._waiting_since, self._told_waiting = None, 0
         elif self._waiting_since is None:
             self._waiting_since = now
-        elif now - self._waiting_since > _WAITING_NOTE_EVERY:
-            self._waiting_since = now
-            self._sink.note(f"waiting for {len(self._actors)} actors to start: {self._executor.shortage()}")
+        elif now - self._waiting_since > _WAITING_NOTE_EVERY and (not alive or waiting > self._told_waiting):
+            self._waiting_since, self._told_waiting = now, waiting
+            who = f"{waiting} of {asked}" if alive else f"{asked}"
+            self._sink.note(f"waiting for {who} actors to start: {self._executor.shortage()}")
 
     def _deadline(self, actor: _Actor) -> float:
         masks = actor.calls[0].masks

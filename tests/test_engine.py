@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from simulation import ORPHAN, STALL, Script, Simulation, Sums, true_value
 
 from mcrise_ray.dispatch import Ledger
-from mcrise_ray.engine import Engine
+from mcrise_ray.engine import Engine, Event
 from mcrise_ray.errors import ClusterError, ModelError
 from mcrise_ray.faults import Fault, FaultKind, Limits
 from mcrise_ray.images import ImageRef
@@ -151,6 +151,26 @@ def test_what_waits_while_the_driver_is_busy_has_not_stalled() -> None:
     assert sink.values == EXPECTED
     assert not engine.tally.retries
     assert simulation.started == [0, 1, 2]
+
+
+def test_a_driver_that_was_stopped_takes_nobody_for_stalled() -> None:
+    """By Ctrl-Z, while it waited; what came back meanwhile is read a moment later."""
+    simulation = Simulation(3, seconds=0.5)
+    wait = simulation.wait
+    stopped: list[bool] = []
+
+    def stop(seconds: float) -> list[Event]:
+        if simulation.clock < 21 or stopped:
+            return wait(seconds)
+        stopped.append(True)
+        simulation.clock += 2 * LIMITS.deadline
+        return []
+
+    simulation.wait = stop  # type: ignore[method-assign]
+    engine, sink = run(simulation)
+    assert sink.values == EXPECTED
+    assert stopped
+    assert not engine.tally.retries
 
 
 def test_a_stalled_call_is_given_to_another_actor_after_its_deadline() -> None:
@@ -327,6 +347,23 @@ def test_actors_that_do_not_start_are_talked_about() -> None:
     _, sink = run(simulation, NAMES[:1])
     waiting = [note for note in sink.notes if note.startswith("waiting for 2 actors to start")]
     assert 2 <= len(waiting) <= 4
+
+
+def test_actors_that_have_no_place_beside_others_are_told_of_once() -> None:
+    simulation = Simulation(8, seconds=30.0)
+    start = simulation.start
+
+    def full(actor: int) -> None:
+        start(actor)
+        if actor >= 4:
+            simulation.events = [entry for entry in simulation.events if entry[2].actor != actor]
+
+    simulation.start = full  # type: ignore[method-assign]
+    _, sink = run(simulation)
+    assert sink.values == EXPECTED
+    assert simulation.clock > 300
+    waiting = [note for note in sink.notes if note.startswith("waiting for")]
+    assert waiting == ["waiting for 4 of 8 actors to start: the simulation is slow to start"]
 
 
 @settings(max_examples=40, deadline=None)
