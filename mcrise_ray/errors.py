@@ -37,5 +37,9 @@ class DeviceError(MCRiseError):
     """The device under a model has failed; whatever ran on it has to start anew elsewhere."""
 
 
+class ServerError(ModelError, DeviceError):
+    """The server of a model does not answer: like a device that failed, for no fault of an image."""
+
+
 class ClusterError(MCRiseError):
     """Ray cannot be reached, or cannot give the job what it asks for."""

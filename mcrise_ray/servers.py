@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mcrise_ray.errors import ModelError
+from mcrise_ray.errors import ModelError, ServerError
 from mcrise_ray.layout import Layout
 
 TOKEN_VARIABLE: Final = "MCRISE_MODEL_TOKEN"
@@ -127,7 +127,8 @@ class ServerModel:
         sleep: takes the seconds to pause before trying again.
 
     Raises:
-        ModelError: the server cannot be reached, or its model does not take images.
+        ServerError: the server cannot be reached.
+        ModelError: its model does not take images.
     """
 
     def __init__(self, url: ServerUrl, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -152,7 +153,8 @@ class ServerModel:
         """The model's output, in requests of at most `most` images, several of them at a time.
 
         Raises:
-            ModelError: a request failed for good, or its answer is not what the protocol says.
+            ServerError: it did not answer, however often it was asked.
+            ModelError: it refused a request, or its answer is not what the protocol says.
         """
         futures = [self._threads.submit(self._infer, part) for part in torch.split(images, self.most)]
         try:
@@ -280,7 +282,7 @@ class ServerModel:
                     raise ModelError(f"{self._where}: {problem}{_advice(response.status_code)}")
             if tried < self._url.retries:
                 self._sleep(min(_FIRST_WAIT * 2**tried, _LONGEST_WAIT))
-        raise ModelError(f"{self._where}: {problem}; tried {self._url.retries + 1} times (?retries=)")
+        raise ServerError(f"{self._where}: {problem}; tried {self._url.retries + 1} times (?retries=)")
 
     def _answer(self, response: requests.Response, path: str) -> Answer:
         """The JSON of an answer, and the bytes after it."""

@@ -160,6 +160,7 @@ class Worker:
             text = f"{type(error).__name__}: {_one_line(error)} ({where.filename}:{where.lineno})"
             return Fault(FaultKind.BROKEN, text)
         if isinstance(cause, DeviceError):
+            self._explained = None  # to be built anew, where this process goes on
             return Fault(FaultKind.DIED, str(cause))
         self._prepared.clear()
         if torch.cuda.is_available():
@@ -269,7 +270,11 @@ class InProcess:
         actor, call = self._waiting.popleft()
         outcome: Any
         try:
-            outcome = self.worker.load(self.execution) if call is None else self.worker.do(call)
+            if call is None:
+                outcome = self.worker.load(self.execution)
+                self.execution = outcome.execution
+            else:
+                outcome = self.worker.do(call)
         except MCRiseError as error:
             outcome = Fault(FaultKind.BUILD, str(error), error)
         return [Event(actor, call, outcome)]

@@ -20,10 +20,13 @@ import numpy as np
 import pytest
 import requests
 import torch
+from PIL import Image
 
 import mcrise_ray as mr
-from mcrise_ray.errors import ModelError, SpecError
+from mcrise_ray import engine
+from mcrise_ray.errors import ModelError, ServerError, SpecError
 from mcrise_ray.models import facts
+from mcrise_ray.progress import Quiet
 from mcrise_ray.servers import TOKEN_VARIABLE, ServerModel, ServerUrl
 
 SIZE = (8, 12)
@@ -214,10 +217,45 @@ def test_passing_faults_are_tried_again(script: Script, fault: Callable[[], Repl
     assert pauses == [0.25, 0.5]
 
 
+@pytest.mark.parametrize("lasting", [False, True], ids=["passing", "lasting"])
+def test_an_outage_costs_no_image(
+    script: Script, lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        Image.new("RGB", (12, 8), (ord(name), 200, 30)).save(tmp_path / f"{name}.png")
+    infer, asked = script._infer, 0
+
+    def out_for_a_while(headers: Any, body: bytes) -> Reply:
+        nonlocal asked
+        asked += 1
+        return (
+            reply({"error": "restarting"}, 503)
+            if asked > 20 and (lasting or asked < 24)
+            else infer(headers, body)
+        )
+
+    monkeypatch.setattr(script, "_infer", out_for_a_while)
+    monkeypatch.setattr(engine, "_LONGEST_PAUSE", 0.1)
+    job = mr.JobSpec(
+        images=(str(tmp_path),),
+        model={"model": f"{script.url}?retries=0", "preprocessing": NONE},
+        output=str(tmp_path / "out"),
+        actors=0,
+        explain={"masks": 256, "estimator": "paper"},
+        figures=0,
+    )
+    if lasting:
+        with pytest.raises(ModelError, match=r"answered 503 .*: restarting; tried 1 times"):
+            mr.run_job(job, Quiet())
+        monkeypatch.setattr(script, "_infer", infer)
+    summary = mr.run_job(job, Quiet())
+    assert (summary.images, summary.errors, len(list(mr.read_results(job.output)))) == (3, 0, 3)
+
+
 def test_patience_has_an_end(script: Script) -> None:
     model, pauses = connect(script, "?retries=7")
     script.faults = [lambda: reply({"error": "loading"}, 503)] * 20
-    with pytest.raises(ModelError, match=r"answered 503 .*: loading; tried 8 times \(\?retries=\)"):
+    with pytest.raises(ServerError, match=r"answered 503 .*: loading; tried 8 times \(\?retries=\)"):
         model(noise(1))
     assert infers(script) == 8
     assert pauses == [0.25, 0.5, 1, 2, 4, 8, 8]
