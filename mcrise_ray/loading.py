@@ -29,6 +29,8 @@ FORMS: Final = (
     "or http(s)://HOST/v2/models/NAME"
 )
 
+_COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal, in messages of torch
+
 NO_NORMALISATION: Final[dict[str, Any]] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
@@ -222,7 +224,7 @@ def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """The message of a foreign error, fit for one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (_COLOURS.sub("", str(error)).splitlines() or [type(error).__name__])[0]
 
 
 def _under_its_names(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

@@ -244,7 +244,7 @@ def _check(black_box: BlackBox, preprocessing: Preprocessing, loaded: Loaded, sp
     except (ModelError, ScoreError) as error:
         raise ModelError(
             f"--model {spec.model} fails on noise of {height} x {width} pixels: {error}; "
-            "check --size, --input-range and --weights"
+            f"check {_suspects(loaded.network)}"
         ) from error
     if raw.shape[1] == 0:
         raise ModelError(f"expected at least one class from --model {spec.model}, found none")
@@ -256,6 +256,15 @@ def _check(black_box: BlackBox, preprocessing: Preprocessing, loaded: Loaded, sp
         )
     _check_activation(raw, preprocessing, loaded, spec)
     return int(raw.shape[1])
+
+
+def _suspects(network: BlackBox) -> str:
+    """What may be wrong where a model fails."""
+    weights = network.parameters() if isinstance(network, nn.Module) else ()
+    others = {str(weight.dtype) for weight in weights if weight.is_floating_point()} - {"torch.float32"}
+    if others:
+        return f"that it takes images of float32, with weights of {', '.join(sorted(others))}: call .float()"
+    return "--size, --input-range and --weights"
 
 
 def _check_activation(

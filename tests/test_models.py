@@ -142,6 +142,11 @@ def test_logits_are_explained_when_asked_for_in_so_many_words() -> None:
         ("nans", {}, "found NaN or infinity for 2 of 2 images"),
         ("raises", {}, r"raised RuntimeError on a batch of shape \(2, 3, 16, 24\): first line second line"),
         ("fixed_size", {}, "fails on noise of 16 x 24 pixels.*check --size"),
+        (
+            "half",
+            {},
+            r"check that it takes images of float32, with weights of torch.float16: call .float\(\)",
+        ),
         ("over_the_batch", {}, "other scores alone than in a batch of two .*training mode"),
         ("fails", {}, "--model networks:fails raised ValueError: no such file"),
         ("number", {}, "expected an nn.Module or a callable from --model networks:number, found int"),
