@@ -51,7 +51,12 @@ Resize = Annotated[
     str | None,
     typer.Option(help="stretch (the whole image) or crop (its centre).  (default: the model's own)"),
 ]
-ShorterSide = Annotated[int | None, typer.Option(help="Of the image before its centre is cut out.")]
+ShorterSide = Annotated[
+    int | None,
+    typer.Option(
+        help="Of the image before its centre is cut out.  (default: the model's own margin, or 8/7 of --size)"
+    ),
+]
 Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
 InputRange = Annotated[
     str | None, typer.Option(help="What the model reads before normalisation: 0-1 or 0-255.")

@@ -168,11 +168,12 @@ def resolved(own: dict[str, Any], asked: dict[str, Any]) -> Preprocessing:
     """The model's own preprocessing with what was asked instead."""
     if "input_range" in asked and not {"mean", "std"} & asked.keys():
         own = {**own, **NO_NORMALISATION}
-    if own.get("resize") == "crop" and "size" in asked and "shorter_side" not in asked:
-        # The margin that the model was evaluated with, at the other size.
-        scale = min(asked["size"]) / min(own["size"])
-        own = {**own, "shorter_side": round(own["shorter_side"] * scale)}
-    return Preprocessing(**{**own, **asked})
+    fields = {**own, **asked}
+    if fields.get("resize") == "crop" and "size" in fields and "shorter_side" not in asked:
+        # The margin that the model was evaluated with, or else the usual one, at this size.
+        margin = own["shorter_side"] / min(own["size"]) if "shorter_side" in own else 256 / 224
+        fields["shorter_side"] = round(min(fields["size"]) * margin)
+    return Preprocessing(**fields)
 
 
 def wrapped(network: BlackBox, preprocessing: Preprocessing) -> BlackBox:

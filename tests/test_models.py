@@ -120,6 +120,20 @@ def test_a_network_may_write_to_its_batch() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "side"),
+    [
+        ({"size": (112, 112), "resize": "crop"}, 128),
+        ({"size": (256, 128), "resize": "crop"}, 146),
+        ({"size": (112, 112), "resize": "crop", "shorter_side": 112}, 112),
+        ({"resize": "crop"}, 256),
+    ],
+)
+def test_a_crop_of_any_size_has_the_usual_margin(fields: dict, side: int) -> None:
+    model = mr.load_model("networks:tiny", preprocessing=fields)
+    assert model.preprocessing.shorter_side == side
+
+
 def test_logits_are_explained_when_asked_for_in_so_many_words() -> None:
     with pytest.raises(
         ModelError, match=r"expected scores in \[0, 1\] .* found -.*: logits\? say --activation"
