@@ -159,10 +159,10 @@ class Worker:
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {_one_line(error)} ({where.filename}:{where.lineno})"
             return Fault(FaultKind.BROKEN, text)
+        self._prepared.clear()
         if isinstance(cause, DeviceError):
             self._explained = None  # to be built anew, where this process goes on
             return Fault(FaultKind.DIED, str(cause))
-        self._prepared.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return Fault(FaultKind.DEVICE_MEMORY, _one_line(cause))
