@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Protocol, TextIO, TypeVar, runtime_check
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from mcrise_ray.errors import SpecError
 
@@ -323,7 +324,8 @@ class ConsoleReporter(_Tracking):
         pace = self._pace
         if self._console.is_terminal:
             if self._bar is None:
-                self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
+                words = TextColumn("{task.description}", table_column=Column())  # it wraps
+                self._bar = Progress(BarColumn(20), words, console=self._console)
                 self._task = self._bar.add_task("", total=None)
                 self._bar.start()
             total, completed = pace.all_masks, pace.ended_masks

@@ -268,6 +268,7 @@ def file_name(image_id: str) -> str:
 def resolve(location: str, option: str = "--output") -> tuple[pa.fs.FileSystem, str]:
     """The file system and path that a local path or URL means, which the option has named."""
     try:
+        location.encode()  # Arrow knows no other names
         if "://" in location:
             filesystem, path = pa.fs.FileSystem.from_uri(location)
             return filesystem, path.rstrip("/")

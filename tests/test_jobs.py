@@ -434,7 +434,12 @@ def test_a_failing_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("location", "message"), [("/proc/nothing", "cannot write"), ("nosuch://bucket/x", "cannot open nosuch")]
+    ("location", "message"),
+    [
+        ("/proc/nothing", "cannot write"),
+        ("nosuch://bucket/x", "cannot open nosuch"),
+        ("of-latin-1-\udcff", "cannot open of-latin-1"),
+    ],
 )
 def test_an_impossible_output_is_named(folder: Path, tmp_path: Path, location: str, message: str) -> None:
     with pytest.raises(errors.StoreError, match=message + r".*check --output"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -156,6 +157,15 @@ def test_a_terminal_has_a_bar(clock: Clock) -> None:
         tell_all(reporter, clock)
     assert "3/4 images, 100 masks, 14 masks/s, 3 actors" in text.getvalue()
     assert "error: b.png: damaged" in text.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_on_a_narrow_terminal_the_time_left_is_there_too(clock: Clock, width: int) -> None:
+    text = io.StringIO()
+    with ConsoleReporter(Console(file=text, width=width, force_terminal=True)) as reporter:
+        tell_all(reporter, clock)
+    words = " ".join(re.sub(r"\x1b\[[0-9;?]*\w|[━╺╸]", "", text.getvalue()).split())
+    assert "66.7%, 10 s left (until" in words
 
 
 def test_a_structured_log_has_one_object_per_line(clock: Clock) -> None:
