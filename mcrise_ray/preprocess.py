@@ -29,6 +29,9 @@ _RESAMPLING = {
 }
 
 
+_MOST_RESIZED = 2**26  # pixels, 256 MiB
+
+
 class Preprocessing(StrictModel):
     """How an image becomes the model's input, and the model's output a score.
 
@@ -106,8 +109,15 @@ class Preprocessing(StrictModel):
         """The image at the model's input size, still RGB bytes: masks are applied to this."""
         picture = Image.fromarray(image)
         (height, width), (tall, wide) = self.size, self._resized(image.shape[:2])
-        picture = picture.resize((wide, tall), _RESAMPLING[self.interpolation])
         top, left = self._corner((tall, wide))
+        resampling = _RESAMPLING[self.interpolation]
+        if tall * wide > _MOST_RESIZED:
+            # A line of pixels would become gigabytes for a crop of its middle. With a box Pillow rounds
+            # otherwise here and there, so this is not for all images.
+            y, x = picture.height / tall, picture.width / wide
+            box = (left * x, top * y, (left + width) * x, (top + height) * y)
+            return np.asarray(picture.resize((width, height), resampling, box))
+        picture = picture.resize((wide, tall), resampling)
         return np.asarray(picture.crop((left, top, left + width, top + height)))
 
     def to_original(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mcrise_ray as mr
+from mcrise_ray import preprocess
 from mcrise_ray.errors import SpecError
 
 
@@ -52,6 +53,27 @@ def test_a_crop_that_does_not_fit_keeps_the_proportions() -> None:
     assert tall.shape == (40, 10, 3)
     assert tall[:, 0].max() < 30
     assert tall[:, -1].min() > 225
+
+
+@pytest.mark.parametrize("size", [(3, 2000), (700, 41), (375, 500)])
+def test_a_crop_out_of_too_large_an_image_is_the_same(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocessing = mr.Preprocessing(size=(96, 64), resize="crop")
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    whole = preprocessing.prepare(image).astype(int)
+    monkeypatch.setattr(preprocess, "_MOST_RESIZED", 0)
+    assert np.abs(preprocessing.prepare(image) - whole).max() <= 1
+
+
+def test_a_line_of_pixels_does_not_become_gigabytes() -> None:
+    """Enlarged whole, it would have 256 x 256,000,000 pixels."""
+    image = np.zeros((1, 1_000_000, 3), np.uint8)
+    image[:, 500_000:] = 255
+    prepared = mr.Preprocessing(resize="crop").prepare(image)
+    assert prepared.shape == (224, 224, 3)
+    assert prepared[:, 0].max() < 20
+    assert prepared[:, -1].min() > 235
 
 
 def test_maps_return_to_the_size_of_a_stretched_image() -> None:
