@@ -117,7 +117,8 @@ def parse_matches(asked: Any) -> tuple[str, ...]:
     Raises:
         SpecError: another word.
     """
-    words = [word for part in ([asked] if isinstance(asked, str) else asked) for word in part.split("+")]
+    parts = asked if isinstance(asked, list | tuple) else [asked]
+    words = [word for part in parts for word in str(part).split("+")]
     unknown = [word for word in words if not _WORD.fullmatch(word)]
     if unknown or not words:
         raise SpecError(f"expected matches top1, topN, correct, wrong or named, joined by +, found {asked!r}")

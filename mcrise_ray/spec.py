@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal
 
@@ -68,6 +69,9 @@ def parse_colors(colors: Any) -> tuple[str, ...]:
     if isinstance(colors, str):
         name = colors.strip().lower()
         colors = PALETTES[name] if name in PALETTES else name.split(",")
+    if not isinstance(colors, Iterable):
+        # YAML takes what follows a # for a comment.
+        raise ValueError(f"expected a palette's name, or names and '#rrggbb' in quotes, found {colors!r}")
     fills = []
     for color in colors:
         value = str(color).strip().lower()
@@ -131,7 +135,7 @@ class ExplainSpec(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _one_black_fill_for_rise(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("method") in {"rise", "debiased-rise"}:
+        if isinstance(values, dict) and values.get("method") in ("rise", "debiased-rise"):
             return {"colors": ("#000000",), **values}
         return values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -33,7 +33,7 @@ def parse_targets(asked: Any) -> tuple[int | str, ...]:
         ValueError: nothing is asked for, or something that is neither number nor text.
     """
     parts: list[int | str] = []
-    for target in [asked] if isinstance(asked, int | str) else asked:
+    for target in asked if isinstance(asked, Iterable) and not isinstance(asked, str) else [asked]:
         if isinstance(target, bool) or not isinstance(target, int | str) or target == "":
             raise ValueError(
                 f"expected predicted, truth, manifest, topN, a class index or a class name, found {target!r}"

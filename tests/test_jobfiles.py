@@ -332,6 +332,7 @@ def test_the_example_becomes_a_reid_job(tmp_path: Path) -> None:
         ({"gallery": "g"}, r"unknown key gallery; did you mean reid\.gallery$"),
         ({"reid": {"matches": "top1"}}, r"^reid\.gallery: Field required"),
         ({"reid": {"gallery": "g", "matches": "best"}}, r"^reid\.matches: expected matches top1, topN"),
+        ({"reid": {"gallery": "g", "matches": None}}, r"^reid\.matches: expected matches .*found None"),
         ({"reid": {"gallery": "g", "d0": -1}}, r"^reid\.d0: Input should be greater than 0, found -1"),
         ({"reid": "gallery"}, r"^reid: Input should be a valid dictionary or instance of ReidSpec"),
         ({"targets": "top5"}, r"^targets: expected none for kind reid, .* say reid\.matches"),

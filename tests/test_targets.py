@@ -95,7 +95,7 @@ def test_targets_that_the_image_or_the_model_does_not_have(
         chosen(asked, **known)
 
 
-@pytest.mark.parametrize("asked", ["", [], [True], [1.5]])
+@pytest.mark.parametrize("asked", ["", [], [True], [1.5], None])
 def test_a_job_refuses_what_is_no_target(asked: Any) -> None:
     with pytest.raises(SpecError, match="targets: expected"):
         JobSpec(images=("a.png",), model=ModelSpec(model="torchvision:resnet18"), output="out", targets=asked)
