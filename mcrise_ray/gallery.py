@@ -83,7 +83,23 @@ class GalleryStore:
         self._filesystem, self._root = resolve(location, "--gallery-store")
 
     def begin(self, facts: ModelFacts) -> None:
-        """Make sure that all of the gallery is embedded by this model, or that it is empty.
+        """Say which model embeds the gallery, or make sure that it is this one.
+
+        Raises:
+            StoreError: see `check`.
+        """
+        if self.check(facts):
+            return
+        content = {
+            "model": facts.model,
+            "preprocessing": facts.preprocessing.model_dump(mode="json"),
+            "dimensions": facts.classes,
+            "probe": facts.probe,
+        }
+        self._commit("gallery.json", json.dumps(content, indent=1).encode())
+
+    def check(self, facts: ModelFacts) -> bool:
+        """Whether there is a gallery, which then was embedded by this model.
 
         Raises:
             StoreError: it was embedded by another model, or with another preprocessing.
@@ -91,14 +107,7 @@ class GalleryStore:
         preprocessing = facts.preprocessing.model_dump(mode="json")
         stored = self._read_json()
         if stored is None:
-            content = {
-                "model": facts.model,
-                "preprocessing": preprocessing,
-                "dimensions": facts.classes,
-                "probe": facts.probe,
-            }
-            self._commit("gallery.json", json.dumps(content, indent=1).encode())
-            return
+            return False
         advice = "take the model that it was made with, or another --gallery-store"
         for key, value in preprocessing.items():
             if stored["preprocessing"].get(key) != value:
@@ -112,6 +121,7 @@ class GalleryStore:
                 f"expected a gallery embedded by {facts.model}, found one by {stored['model']} with other "
                 f"weights in {self.location}; {advice}"
             )
+        return True
 
     def present(self) -> frozenset[str]:
         """Names of the chunks that are committed."""

@@ -188,6 +188,7 @@ def _run(
         reporter,
         clear=overwrite,
         forget_errors=forget_errors,
+        check=(lambda _: None) if reid is None else lambda built: reid.check(built.facts),
         on_built=(lambda _: None) if reid is None else lambda built: reid.begin(built.facts),
     )
     engine = Engine(ledger, executor, recorder, Limits(max_retries=job.max_retries, deadline=job.deadline))

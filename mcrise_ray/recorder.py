@@ -68,6 +68,7 @@ class Recorder:
         reporter: told about progress.
         clear: delete what the output holds once the model is built.
         forget_errors: delete its error rows then.
+        check: called before that; what it raises leaves the output as it is.
         on_built: called after that.
     """
 
@@ -82,6 +83,7 @@ class Recorder:
         reporter: Reporter,
         clear: bool = False,
         forget_errors: bool = False,
+        check: Callable[[Built], None] = lambda built: None,
         on_built: Callable[[Built], None] = lambda built: None,
     ) -> None:
         self.counts = Counts(
@@ -91,7 +93,8 @@ class Recorder:
             earlier=len(committed.explained) + len(committed.failed),
         )
         self._job, self._store, self._lease, self._checkpoints = job, store, lease, checkpoints
-        self._ledger, self._reporter, self._clear, self._on_built = ledger, reporter, clear, on_built
+        self._ledger, self._reporter, self._clear = ledger, reporter, clear
+        self._check, self._on_built = check, on_built
         self._forget_errors = forget_errors
         self._until_done = {"retry_errors": True} if forget_errors else {}  # a stopped job goes on so
         self._built: Built | None = None
@@ -107,6 +110,7 @@ class Recorder:
 
     def built(self, built: Built) -> None:
         """See `Sink`."""
+        self._check(built)
         self._built = built
         self._ledger.batch_size = built.execution.batch_size
         self._reporter.note(f"model {built.facts.model} on {built.facts.device}: {built.execution}")

@@ -91,7 +91,9 @@ class ReidJob:
         self._committed = committed
         self._note = note
         self._pairs = {} if job.reid.pairs is None else read_pairs(job.reid.pairs)
-        place = job.reid.gallery_store or files.join(job.output, "gallery")
+        own = files.join(job.output, "gallery")
+        place = job.reid.gallery_store or own
+        self._is_elsewhere = files.absolute(place) != files.absolute(own)
         self._gallery = _Side(ImageSource(job.reid.gallery), GalleryStore(place))
         self._queries = _Side(ImageSource(job.images), GalleryStore(files.join(job.output, "queries")))
         self._cache: TemporaryDirectory[str] | None = None
@@ -106,8 +108,17 @@ class ReidJob:
         self._ledger = EmbeddingLedger(missing, lambda size: self._explain(size, saved), self._note)
         return self._ledger
 
+    def check(self, facts: ModelFacts) -> None:
+        """The model is built, and nothing of the output is changed yet.
+
+        Raises:
+            StoreError: embeddings elsewhere, which the output is not cleared of, come from another one.
+        """
+        if self._is_elsewhere:
+            self._gallery.store.check(facts)
+
     def begin(self, facts: ModelFacts) -> None:
-        """The model is built.
+        """The output is ready to be written to.
 
         Raises:
             StoreError: embeddings that are there come from another one.

@@ -339,6 +339,27 @@ def test_overwriting_embeds_anew(folder: Path, tmp_path: Path) -> None:
     assert run_job(changed, Silent(), overwrite=True).rows == 8
 
 
+def test_overwriting_keeps_results_where_the_gallery_is_of_another_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    """They stay if a job cannot even start; a gallery in the output itself is overwritten with the rest."""
+    out, store = tmp_path / "out", tmp_path / "store"
+    model = job(folder, "x").model.model_copy(
+        update={"preprocessing": {"size": (20, 8), "input_range": "0-1"}}
+    )
+    for place in (store, out / "gallery"):
+        first = job(folder, out, reid={"gallery_store": str(place)})
+        run_job(first, Silent(), overwrite=True)
+        before, changed = content(out), first.model_copy(update={"model": model})
+        if place == store:
+            with pytest.raises(StoreError, match=r"expected a gallery embedded with size \[20, 8\], found"):
+                run_job(changed, Silent(), overwrite=True)
+            assert content(out) == before
+            assert run(first).earlier == 4
+        else:
+            assert run_job(changed, Silent(), overwrite=True).rows == 8
+
+
 def test_overwriting_spares_images_whose_folder_has_the_name_of_embeddings(
     folder: Path, tmp_path: Path
 ) -> None:
