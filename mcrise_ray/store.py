@@ -138,7 +138,7 @@ class Store:
     def forget_errors(self) -> None:
         """Delete all error rows: what they are about has not been tried then."""
         with self._failing("write to"):
-            for file in self.files("errors"):
+            for file in self.parts("errors"):
                 self._filesystem.delete_file(f"{self._root}/{file}")
 
     def tidy(self) -> None:

@@ -567,7 +567,9 @@ def test_errors_are_tried_again_on_either_side(
     assert run(job(mixed, out)).errors == 6  # they are final, unless
     asked: list[str] = []
     monkeypatch.setattr(Worker, "do", recording(Worker.do, asked))
+    (out / "errors/notes.csv").write_text("somebody's own")
     summary = run_job(job(mixed, out), Silent(), retry_errors=True)
+    assert (out / "errors/notes.csv").exists()
     assert (summary.images, summary.errors, summary.earlier) == (5, 4, 4)
     # Nothing else is embedded again.
     assert sorted(asked) == [
