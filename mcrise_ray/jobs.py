@@ -26,7 +26,7 @@ from mcrise_ray.precision import Execution, Precision
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.progress import GALLERY, Quiet, Reporter
 from mcrise_ray.recorder import Counts, Recorder
-from mcrise_ray.reidjob import ReidJob
+from mcrise_ray.reidjob import ReidJob, tell_changes
 from mcrise_ray.results import Results, read_results
 from mcrise_ray.rows import MapRow, MatchRow
 from mcrise_ray.store import Committed, Store, figure_name
@@ -128,6 +128,8 @@ def run_job(
             first = next(iter(ImageSource(job.images)))  # the rest of the job is left
         if first is None:
             reporter.note(f"all {len(committed)} images are done already in {job.output}")
+            if job.reid is not None:
+                tell_changes(job, None, reporter.note)
             summary = Summary(
                 images=len(committed.explained),
                 errors=len(committed.failed),

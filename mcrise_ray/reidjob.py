@@ -2,19 +2,22 @@
 
 OUT/gallery   the gallery's embeddings, or wherever the job says
 OUT/queries   those of the queries, stored alike
+OUT/matched.json   which listing of the gallery they were matched with
 
 Axes: Q queries; N gallery images; D dimensions of an embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -34,9 +37,10 @@ from mcrise_ray.progress import GALLERY
 from mcrise_ray.reidspec import ReidSpec
 from mcrise_ray.rows import ErrorRow
 from mcrise_ray.shards import absolute
-from mcrise_ray.store import Committed
+from mcrise_ray.store import Committed, Store
 from mcrise_ray.tasks import GalleryMatch, Query, Saved
 
+_MATCHED = "matched.json"
 _QUERIES = 256  # that are matched in one pass over the gallery
 
 
@@ -46,7 +50,7 @@ class _Side:
 
     source: ImageSource
     store: GalleryStore
-    chunks: dict[str, None] = field(default_factory=dict)
+    chunks: dict[str, int] = field(default_factory=dict)  # and how many images each has
     mended: int = 0  # images that could not be embedded by an earlier run
 
     def missing(self, retry_errors: bool) -> Iterator[tuple[Chunk, Commit]]:
@@ -56,7 +60,7 @@ class _Side:
         present = self.store.present()
         errors_of = self.store.errors_by_chunk() if retry_errors else lambda chunk: []
         for chunk in chunks(self.source):
-            self.chunks[chunk.name] = None
+            self.chunks[chunk.name] = len(chunk.refs)
             if chunk.name not in present:
                 yield chunk, partial(self.store.write, chunk.name)
                 continue
@@ -67,6 +71,33 @@ class _Side:
     def _mend(self, chunk: str, rows: list[GalleryRow], errors: list[ErrorRow]) -> None:
         self.store.mend(chunk, rows, errors)
         self.mended += len(rows)
+
+
+def tell_changes(job: JobSpec, listed: Mapping[str, int] | None, note: Callable[[str], None]) -> None:
+    """Say so where queries were matched with another listing of the gallery than the one there is now.
+
+    Args:
+        job: of kind `reid`, with results.
+        listed: the chunks of the gallery, where they are known, and how many images each has.
+        note: told about it.
+
+    Raises:
+        ImageError: a source of the gallery cannot be read.
+    """
+    assert job.reid is not None
+    if listed is None:
+        listed = {chunk.name: len(chunk.refs) for chunk in chunks(ImageSource(job.reid.gallery))}
+    now, before = _listing(listed), Store(job.output).read_json(_MATCHED)
+    if before not in (None, now):
+        note(
+            f"the gallery lists other images than before ({now['images']:,} now, {before['images']:,} then): "
+            "queries done before keep the matches that they had; --overwrite explains all anew"
+        )
+
+
+def _listing(listed: Mapping[str, int]) -> dict[str, Any]:
+    digest = blake2b("".join(listed).encode(), digest_size=12)
+    return {"images": sum(listed.values()), "listing": digest.hexdigest()}
 
 
 class ReidJob:
@@ -159,6 +190,9 @@ class ReidJob:
                 f"{self._gallery.mended} gallery images that could not be embedded can be matched now; "
                 "queries done before keep the matches that they had"
             )
+        if self._committed.explained:
+            tell_changes(self._job, self._gallery.chunks, self._note)
+        Store(self._job.output).write_json(_MATCHED, _listing(self._gallery.chunks))
         matcher = _Matcher(self._reid, self._committed, self._pairs, queries, gallery)
         starts = range(0, len(queries), _QUERIES)
         # The next block is matched while this one is explained.

@@ -4,6 +4,7 @@ OUT/maps/*.parquet     one row per image and target; of a ReID job, per query an
 OUT/errors/*.parquet   one row per image that could not be explained
 OUT/job.json           the spec, versions, counts, state
 OUT/progress.json      how far a running job is
+OUT/matched.json       of a ReID job, which listing of the gallery its queries were matched with
 
 Other modules keep small files of their own beside these (`Store.write`).
 """
@@ -122,7 +123,8 @@ class Store:
             figures = ["figures"] if self._exists("job.json") else []
             for name in ("maps", "errors", "partial", *figures, *embeddings):
                 self._clear_folder(name)
-            for name in ("job.json", "progress.json", *(f"{name}/gallery.json" for name in ours)):
+            told = ("job.json", "progress.json", "matched.json")
+            for name in (*told, *(f"{name}/gallery.json" for name in ours)):
                 if self._exists(name):
                     self._filesystem.delete_file(f"{self._root}/{name}")
 

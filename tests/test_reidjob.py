@@ -654,6 +654,38 @@ def test_sums_of_another_match_are_not_gone_on_with(
         np.testing.assert_allclose(*maps, atol=1e-4)
 
 
+def test_a_gallery_that_has_changed_is_told(folder: Path, tmp_path: Path) -> None:
+    """Whether all queries are done or some are left; what is done keeps its matches."""
+    root, out = tmp_path / "people", tmp_path / "out"
+    shutil.copytree(folder, root)
+    spec = job(root, out, reid={"matches": "top1"})
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Stopping(600))
+    before = content(out)
+    assert 0 < len(before) < 4
+
+    def told(expected: str, **how: bool) -> None:
+        reporter = Silent()
+        run_job(spec, reporter, **how)
+        assert [note for note in reporter.notes if "gallery lists other images" in note] == (
+            [f"the gallery lists other images than before ({expected}): queries done before keep the matches "
+             "that they had; --overwrite explains all anew"] if expected else []
+        )  # fmt: skip
+
+    save(root / "gallery/0001_c2s1_000009_00.png", person(1, 1))
+    told("25 now, 24 then")
+    assert before.items() <= content(out).items()
+    told("")
+    (root / "gallery/0001_c2s1_000009_00.png").unlink()
+    told("24 now, 25 then")
+    (root / "gallery/0001_c3s1_000002_00.png").rename(root / "gallery/0001_c3s1_000009_00.png")
+    save(root / "gallery/0002_c3s1_000009_00.png", person(2, 1))
+    told("25 now, 25 then")
+    assert before.items() <= content(out).items()
+    told("", overwrite=True)
+    told("")
+
+
 def test_queries_may_be_the_gallery(folder: Path, tmp_path: Path) -> None:
     """One listing on both sides, embedded at the same time."""
     crops = str(folder / "gallery")
