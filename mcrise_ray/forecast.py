@@ -91,7 +91,7 @@ def plan_job(job: JobSpec, *, overwrite: bool = False, seconds: float = 20.0) ->
         seconds: how long to list images at most.
 
     Raises:
-        ImageError: a source is not there, or there are no images.
+        ImageError: a source is not there, or there are no images, or none of a gallery.
         TargetError: no image can have the label, or the targets of its own, asked for.
         StoreError: the output belongs to a job with other settings, or cannot be read.
     """
@@ -121,6 +121,9 @@ def plan_job(job: JobSpec, *, overwrite: bool = False, seconds: float = 20.0) ->
             if time.monotonic() > until:
                 complete = False
                 break
+        if not gallery:
+            where = ", ".join(map(shown, job.reid.gallery))
+            raise ImageError(f"expected gallery images, found none in {where}; check --gallery")
     size = DEFAULT_BATCH_SIZE if job.batch_size == "auto" else job.batch_size
     left = count - useless - done
     return Plan(

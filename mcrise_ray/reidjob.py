@@ -26,7 +26,7 @@ from mcrise_ray import files
 from mcrise_ray.dispatch import Ledger
 from mcrise_ray.embed import Chunk, GalleryRow, chunks, read_pairs
 from mcrise_ray.embedding import Commit, EmbeddingLedger
-from mcrise_ray.errors import StoreError, TargetError
+from mcrise_ray.errors import ImageError, StoreError, TargetError
 from mcrise_ray.gallery import Gallery, GalleryStore
 from mcrise_ray.identity import UNKNOWN, Identities, Protocol, Retrieval, retrieval
 from mcrise_ray.images import ImageRef, ImageSource
@@ -110,7 +110,7 @@ class ReidJob:
         retry_errors: embed again what could not be embedded by an earlier run.
 
     Raises:
-        ImageError: a source, or the list of pairs, cannot be read.
+        ImageError: a source, or the list of pairs, cannot be read; the gallery has no images.
     """
 
     def __init__(
@@ -126,6 +126,8 @@ class ReidJob:
         place = job.reid.gallery_store or own
         self._is_elsewhere = files.absolute(place) != files.absolute(own)
         self._gallery = _Side(ImageSource(job.reid.gallery), GalleryStore(place))
+        if next(iter(self._gallery.source), None) is None:
+            raise ImageError(f"expected gallery images, found none in {self._shown()}; check --gallery")
         self._queries = _Side(ImageSource(job.images), GalleryStore(files.join(job.output, "queries")))
         self._cache: TemporaryDirectory[str] | None = None
         self._matcher = ThreadPoolExecutor(1, "matcher")

@@ -21,7 +21,7 @@ from reporting import Silent
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
-from mcrise_ray import cluster, embed, jobs, recorder, reidjob
+from mcrise_ray import cluster, embed, forecast, jobs, recorder, reidjob
 from mcrise_ray.cli import app
 from mcrise_ray.embedding import EmbeddingLedger
 from mcrise_ray.engine import Event
@@ -252,6 +252,14 @@ def test_bad_images_on_either_side_alone(folder: Path, tmp_path: Path) -> None:
     assert (summary.images, summary.errors) == (0, 1)
     with pytest.raises(ImageError, match="nowhere"):
         run(job(folder, tmp_path / "c", reid={"gallery": ("nowhere",)}))
+    (tmp_path / "empty").mkdir()
+    without = job(folder, tmp_path / "d", reid={"gallery": (str(tmp_path / "empty"),)})
+    for action in (run, forecast.plan_job):
+        with pytest.raises(
+            ImageError, match=r"expected gallery images, found none in .*empty; check --gallery"
+        ):
+            action(without)
+    assert not (tmp_path / "d/queries").exists(), "nothing is embedded in vain"
 
 
 def test_a_query_that_is_in_the_gallery_does_not_match_itself(folder: Path, tmp_path: Path) -> None:
