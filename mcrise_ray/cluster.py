@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import ray
 import torch
@@ -31,6 +32,7 @@ from mcrise_ray.access import ensure_token, find_token
 from mcrise_ray.engine import Event
 from mcrise_ray.errors import ClusterError, MCRiseError, ModelError
 from mcrise_ray.faults import Fault, FaultKind
+from mcrise_ray.guide import Guide
 from mcrise_ray.jobspec import ActorRange, JobSpec
 from mcrise_ray.precision import Execution
 from mcrise_ray.tasks import Call
@@ -205,6 +207,7 @@ class RayExecutor:
         self._choosing: int | None = None  # the actor that does
         self._held: list[int] = []  # actors that wait for it
         self._begun: set[int] = set()
+        self._guides: WeakKeyDictionary[Guide, ray.ObjectRef] = WeakKeyDictionary()
 
     def now(self) -> float:
         """See `Executor`."""
@@ -248,7 +251,18 @@ class RayExecutor:
         do = self._handles[actor].do
         if call.concludes:  # asks for no model: in a thread of its own, so that a GPU does not wait for it
             do = do.options(concurrency_group=_BESIDE)
-        self._watch(actor, call, do.remote(call))
+        self._watch(actor, call, do.remote(*self._apart(call)))
+
+    def _apart(self, call: Call) -> tuple[Call, ray.ObjectRef | None]:
+        """A call and its guide, which Ray sends once to each node, not with every call, and keeps here for as
+        long as its image needs it.
+        """
+        guide = call.guide
+        if guide is None:
+            return call, None
+        if guide not in self._guides:
+            self._guides[guide] = ray.put(guide)
+        return call.with_guide(None), self._guides[guide]
 
     def end(self, actor: int) -> None:
         """See `Executor`."""

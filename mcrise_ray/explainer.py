@@ -80,14 +80,19 @@ def check_image(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]
 
 
 def run_unit(
-    subject: Subject, unit: Unit, targets: Sequence[int], batch_size: int, fit: Fit | Guide | None = None
+    subject: Subject,
+    unit: Unit,
+    targets: Sequence[int],
+    batch_size: int,
+    fit: Fit | None = None,
+    guide: Guide | None = None,
 ) -> Partial:
     """The sums of one unit (Algorithm 1, lines 2 to 15): a pure function of its arguments.
 
     With a fit, those of what its predictions leave of the scores, and the predictions' own part; with a
     guide, of masks that it picks.
     """
-    ((_, partial),) = perform(subject, [SumUnit(unit, fit)], targets, batch_size)
+    ((_, partial),) = perform(subject, [SumUnit(unit, fit, guide)], targets, batch_size)
     assert isinstance(partial, Partial)
     return partial
 
@@ -105,8 +110,8 @@ def perform(
     def units() -> Iterator[Asked]:
         for work in works:
             choice, masks = None, None
-            if not isinstance(work, Conclude) and (guide := _guide_of(work)) is not None:
-                choice, masks = choose(spec, size, guide, work.unit, subject.image.device)
+            if not isinstance(work, Conclude) and work.guide is not None:
+                choice, masks = choose(spec, size, work.guide, work.unit, subject.image.device)
             begun.append((work, choice))
             if isinstance(work, Conclude):
                 return
@@ -121,18 +126,11 @@ def perform(
         yield work, conclude(spec, work, subject.image.device)
 
 
-def _guide_of(work: ScoreUnit | SumUnit) -> Guide | None:
-    """Who picks the masks of a unit."""
-    guide = work.guide if isinstance(work, ScoreUnit) else work.fit
-    return guide if isinstance(guide, Guide) else None
-
-
 def _summed(spec: ExplainSpec, size: tuple[int, int], work: Work, scored: Scored) -> Partial:
     assert isinstance(work, SumUnit)
     if isinstance(scored, Picked):
-        assert isinstance(work.fit, Guide)
-        return picked_unit(spec, size, work.unit, scored, work.fit)
-    assert not isinstance(work.fit, Guide)
+        assert work.guide is not None
+        return picked_unit(spec, size, work.unit, scored, work.guide)
     return residual_unit(spec, size, work.unit, scored, work.fit)
 
 

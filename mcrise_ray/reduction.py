@@ -51,7 +51,8 @@ class SumUnit:
     """Ask the model about one unit, and return the sums of what a fit or a guide leaves of its scores."""
 
     unit: Unit
-    fit: Fit | Guide | None
+    fit: Fit | None
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +219,7 @@ class Reduction:
         if chosen.index < self._pilot:
             also = self._guide.rivals if self._guide else None if self._stages else ()
             return ScoreUnit(chosen, self._guide, also)
-        return SumUnit(chosen, self._guide or self._fit)
+        return SumUnit(chosen, self._fit, self._guide)
 
     def works(self) -> Iterator[Work]:
         """All the work there is until something has to come back."""

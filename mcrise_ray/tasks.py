@@ -11,6 +11,7 @@ from jaxtyping import Float32
 from mcrise_ray.embed import GalleryRow
 from mcrise_ray.explanations import Explanation
 from mcrise_ray.faults import Fault
+from mcrise_ray.guide import Guide
 from mcrise_ray.images import ImageRef
 from mcrise_ray.reduction import Conclude, State, Work, WorkResult
 from mcrise_ray.rows import ErrorRow
@@ -172,6 +173,20 @@ class Call:
         """Whether it brings together what is there, which needs neither the image nor the model."""
         task = self.tasks[0]
         return isinstance(task, WorkTask) and isinstance(task.work, Conclude)
+
+    @property
+    def guide(self) -> Guide | None:
+        """Of all its tasks; by far the largest part of a call, and the same for many."""
+        task = self.tasks[0]
+        return task.work.guide if isinstance(task, WorkTask) else None
+
+    def with_guide(self, guide: Guide | None) -> Call:
+        """The same call with this one, or without any."""
+        tasks = (
+            replace(task, work=replace(task.work, guide=guide)) if isinstance(task, WorkTask) else task
+            for task in self.tasks
+        )
+        return replace(self, tasks=tuple(tasks))
 
     def split(self, place: int) -> tuple[Call | None, Call | None]:
         """The tasks before a place, and those from there on; None for no tasks."""

@@ -20,6 +20,7 @@ from mcrise_ray.errors import DeviceError, ImageError, MCRiseError
 from mcrise_ray.explained import Explained, Prepared, load_explained
 from mcrise_ray.explainer import perform
 from mcrise_ray.faults import Fault, FaultKind
+from mcrise_ray.guide import Guide
 from mcrise_ray.images import ImageRef, read_image
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.models import ModelFacts
@@ -138,8 +139,15 @@ class Worker:
         except ImageError:
             return None
 
-    def do(self, call: Call) -> Reply:
-        """The outcomes of a call's tasks, up to the first that failed or met a fault."""
+    def do(self, call: Call, guide: Guide | None = None) -> Reply:
+        """The outcomes of a call's tasks, up to the first that failed or met a fault.
+
+        Args:
+            call: what to do.
+            guide: of the tasks, where it came apart from them.
+        """
+        if guide is not None:
+            call = call.with_guide(guide)
         if call.upcoming is not None and call.upcoming.problem is None:
             self._read_ahead(call.upcoming)
         outcomes: list[Outcome] = []

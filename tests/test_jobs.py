@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,11 +29,14 @@ from typer.testing import CliRunner
 import mcrise_ray as mr
 from mcrise_ray import cluster, errors, jobs, render
 from mcrise_ray.cli import app
+from mcrise_ray.cluster import RayExecutor
+from mcrise_ray.guide import Guide
 from mcrise_ray.jobs import draw_figures, run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
+from mcrise_ray.tasks import Call
 
 NETWORK = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
 SPEC = ExplainSpec(masks=300, grid=(4, 4))
@@ -172,9 +177,25 @@ def test_actors_give_the_bits_of_one_process(
 
 
 def test_picked_masks_are_the_same_with_and_without_actors(
-    local_ray: None, folder: Path, tmp_path: Path
+    local_ray: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The partition law where every stage waits for the one before it."""
+    """The partition law where every stage waits for the one before it; guides are stored once each."""
+    stored: list[weakref.ref[Guide]] = []
+    guided: list[Call] = []
+    put, submit = ray.put, RayExecutor.submit
+
+    def counted_put(guide: Guide) -> ray.ObjectRef:
+        stored.append(weakref.ref(guide))
+        return put(guide)
+
+    def counted_submit(self: RayExecutor, actor: int, call: Call) -> None:
+        if call.guide is not None:
+            guided.append(call)
+        submit(self, actor, call)
+
+    monkeypatch.setattr(ray, "put", counted_put)
+    monkeypatch.setattr(RayExecutor, "submit", counted_submit)
+    monkeypatch.setattr("mcrise_ray.dispatch._SECONDS_PER_CALL", 0.0)
     settings = {"model": NETWORK.model_copy(update={"model": "blackboxes:steep_network"}), "targets": (0,)}
     found = []
     for actors, estimator in ((0, "importance"), (3, "importance"), (0, "control-variate")):
@@ -187,6 +208,10 @@ def test_picked_masks_are_the_same_with_and_without_actors(
     for key, value in alone.items():
         np.testing.assert_array_equal(value, three[key])
     assert any((value != other[key]).any() for key, value in alone.items())  # a guide was found worth it
+    assert 0 < len(stored) == len({id(call.guide) for call in guided}) < len(guided) / 4
+    guided.clear()
+    gc.collect()
+    assert all(guide() is None for guide in stored)
 
 
 def test_a_polite_signal_stops_a_job_as_before_ray_had_started(local_ray: None) -> None:
