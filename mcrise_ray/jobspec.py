@@ -12,7 +12,7 @@ from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.errors import SpecError
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.reid import P_MASK
-from mcrise_ray.reidspec import ReidSpec
+from mcrise_ray.reidspec import ReidSpec, Sources
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.targets import TargetChoice
 from mcrise_ray.tuning import BatchSizeChoice, PrecisionChoice
@@ -81,7 +81,7 @@ class JobSpec(StrictModel):
         max_retries: of a unit of masks whose actor died under it, before its image gets an error row.
     """
 
-    images: tuple[str, ...]
+    images: Sources
     model: ModelSpec
     output: str
     kind: Literal["explain", "reid"] = "explain"

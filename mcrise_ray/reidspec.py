@@ -23,6 +23,9 @@ def _words(asked: Any) -> tuple[str, ...]:
         raise ValueError(str(error)) from None
 
 
+Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+"""Of images, see `ImageSource`; a single one may stand alone."""
+
 MatchChoice = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -41,7 +44,7 @@ class ReidSpec(StrictModel):
         distance: `"euclidean"` or `"cosine"`.
     """
 
-    gallery: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+    gallery: Sources
     gallery_store: str | None = None
     matches: MatchChoice = ("top1",)
     pairs: str | None = None

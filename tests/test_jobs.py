@@ -89,8 +89,11 @@ def maps(output: Path) -> dict[tuple[str, int], np.ndarray]:
     return {(row.image_id, row.target): row.map for row in mr.read_results(str(output))}
 
 
-def test_a_job_needs_no_reporter(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert mr.run_job(job(folder, tmp_path / "out")).images == 3
+def test_a_job_needs_no_reporter_and_one_source_no_list(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {**job(folder, tmp_path / "out").model_dump(), "images": str(folder)}
+    assert mr.run_job(JobSpec(**values)).images == 3
     assert capsys.readouterr() == ("", "")
 
 
