@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float64
 
 _RATIOS = 10.0 ** np.arange(-3, 2.1, 0.5)  # ridge strengths tried, in units of the mean eigenvalue
 _FEWEST = 8  # samples to fit slopes to
+_VISIBLE = 1e-12  # of all squares, at least: smaller second moments are roundings
 _CAUTION = 2.0  # standard deviations by which a ridge must beat what it gains on pure noise
 _OUTLIERS = 4.0  # how much more those are where few scores make most of the variance
 _ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
@@ -37,7 +38,9 @@ class Basis:
         """From the features' number, sum and sum of outer products."""
         mean = total / max(count, 1)
         values, vectors = np.linalg.eigh(squares - count * np.outer(mean, mean))
-        return Basis(count, mean, np.maximum(values, 0), vectors)
+        # Of features that are all the same, as where no mask has a masked cell, roundings are left: a ridge in
+        # units of these would hold nothing back.
+        return Basis(count, mean, np.where(values > _VISIBLE * np.trace(squares), values, 0), vectors)
 
 
 @dataclass(frozen=True)

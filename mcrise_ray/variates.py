@@ -249,12 +249,12 @@ def _bases(spec: ExplainSpec, size: tuple[int, int], count: int, grid: tuple[int
             samples[fold] += len(mine)
             totals[fold] += mine.sum(axis=0)
             squares[fold] += mine.T @ mine
-    every = int(samples.sum()), totals.sum(axis=0), squares.sum(axis=0)
-    others = [
-        Basis.of(every[0] - int(samples[fold]), every[1] - totals[fold], every[2] - squares[fold])
-        for fold in range(FOLDS)
-    ]
-    return (*others, Basis.of(*every))
+    # Added, not taken away from those of all: that would leave roundings of folds that are not there.
+    trained = np.arange(FOLDS) != np.arange(FOLDS + 1)[:, None]
+    return tuple(
+        Basis.of(int(samples[mine].sum()), totals[mine].sum(axis=0), squares[mine].sum(axis=0))
+        for mine in trained
+    )
 
 
 def _features(

@@ -233,6 +233,23 @@ def test_predictions_never_cost_more_than_three_in_a_hundred(masks: int, p_mask:
         assert np.mean(cost) < 1.03, name
 
 
+@pytest.mark.parametrize(("p_mask", "masks"), [(1e-9, 1500), (1e-3, 65), (1 - 1e-9, 65)])
+@pytest.mark.parametrize("estimator", ["control-variate", "importance"])
+def test_roundings_predict_nothing(estimator: str, p_mask: float, masks: int) -> None:
+    """Where hardly any cell is masked, or kept, features and scores differ by their last bits alone."""
+    box = np.random.default_rng(0).normal(size=(3, 3, 16))
+
+    def score(images: Tensor) -> np.ndarray:  # whose last bits tell the size of the batch, as networks' do
+        seen = (images.double().numpy() * box).sum(axis=(1, 2, 3))
+        return 1 / (1 + np.exp(-seen / 10))[:, None] * (1 + 3e-16 * len(images))
+
+    image = np.random.default_rng(2).integers(0, 256, (3, 16, 3), dtype=np.uint8)
+    settings = {"masks": masks, "p_mask": p_mask, "grid": (3, 3), "estimator": estimator}
+    for seed in range(8):
+        result = mr.explain(score, image, 0, ExplainSpec(method="rise", seed=seed, **settings))
+        assert np.abs(result.maps).max() < 1.5
+
+
 @pytest.mark.parametrize(("p_mask", "gain"), [(0.5, 3.0), (0.1, 15.0)])
 def test_much_less_noise_than_equation_9(p_mask: float, gain: float) -> None:
     settings = {"masks": 2000, "p_mask": p_mask, "grid": (4, 4), "colors": "paper5"}
