@@ -225,8 +225,10 @@ def _descend(
     """Constants and slopes of penalised least squares, or of maximal likelihood where `bent`.
 
     Steps are those of a quadratic that lies above the loss everywhere (a logistic loss curves by at most a
-    quarter), so they cannot overshoot, with Nesterov's momentum.
+    quarter), so they cannot overshoot, with Nesterov's momentum. It has the features around their mean: a
+    feature that never changes would else stand for the constant, with slopes that nothing holds back.
     """
+    features = features - basis.mean
     curvature = np.where(bent, 0.25, 1.0)
     samples = np.maximum(trained.sum(axis=0), 1)
     damping = 1 / (basis.values[:, None] * curvature + strengths)
@@ -241,4 +243,4 @@ def _descend(
         gradient = features.T @ left - strengths * ahead
         previous, slopes = slopes, ahead + basis.vectors @ (damping * (basis.vectors.T @ gradient))
         constants = constants + left.sum(axis=0) / (samples * curvature)
-    return constants, slopes
+    return constants - basis.mean @ slopes, slopes

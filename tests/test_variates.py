@@ -250,6 +250,16 @@ def test_roundings_predict_nothing(estimator: str, p_mask: float, masks: int) ->
         assert np.abs(result.maps).max() < 1.5
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-8, 1e-20])
+def test_curves_do_not_take_cells_that_were_never_masked_for_a_constant(size: float) -> None:
+    for seed in range(10):
+        spec = ExplainSpec(method="rise", masks=65, grid=(3, 3), p_mask=0.01, seed=seed)
+        likely = of_masks(spec, (3, 16))
+        scores = size * (likely(draw(spec, 0, 65)) + 1)[:, None] / 2
+        maps = explained(spec, (3, 16), lambda start, stop, known=scores: known[start:stop]).maps
+        assert np.abs(maps / size - 0.5).max() < 0.5
+
+
 @pytest.mark.parametrize(("p_mask", "gain"), [(0.5, 3.0), (0.1, 15.0)])
 def test_much_less_noise_than_equation_9(p_mask: float, gain: float) -> None:
     settings = {"masks": 2000, "p_mask": p_mask, "grid": (4, 4), "colors": "paper5"}
