@@ -363,6 +363,8 @@ def conclude(spec: ExplainSpec, work: Conclude, device: torch.device | str = "cp
             if guide is None:
                 return Conclusion(None, None, None)
             guides = learn_by_fold(spec, work.size, everything, work.targets, device)
+            if guides is None:  # then a fit predicts, with the patches of all sums to come
+                fit = fit_scores(spec, work.size, scores, guide.patches)
         # In one go: the sums of many targets take more time to add, unit by unit, than the masks do.
         if guides is not None:
             total = opening_unit(spec, work.size, scores, guides, device)

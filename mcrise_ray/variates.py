@@ -206,15 +206,21 @@ def _overlaps_with_patches(
     return ky, kx
 
 
-def fit_scores(spec: ExplainSpec, size: tuple[int, int], scores: Float64[np.ndarray, "N L"]) -> Fit:
-    """Predictions fitted to the scores of masks 0 to N - 1.
+def fit_scores(
+    spec: ExplainSpec,
+    size: tuple[int, int],
+    scores: Float64[np.ndarray, "N L"],
+    grid: tuple[int, int] | None = None,
+) -> Fit:
+    """Predictions fitted to the scores of masks 0 to N - 1, by the means of as many patches as suit them, or
+    of those of a given grid.
 
     A mask is predicted by the fit to the other four folds; everything about that fit, its ridge and its curve
     too, is chosen without the fold. The mean alone is among the choices, and keeps its place where nothing
     predicts better.
     """
     count, targets = scores.shape
-    grid = patches(spec, size, count)
+    grid = grid or patches(spec, size, count)
     bases = _bases(spec, size, count, grid)
     features = np.concatenate([part for _, part in _features(spec, size, count, grid)])
     trained = np.arange(count) % FOLDS != np.arange(FOLDS + 1)[:, None]

@@ -426,6 +426,23 @@ def test_without_a_guide_the_maps_are_those_of_control_variates(
     assert found[0].estimator == found[1].estimator == "control-variate"
 
 
+@pytest.mark.parametrize("seed", [5, 7, 20])
+def test_a_rare_event_that_one_fold_alone_has_seen_is_picked_all_the_same(seed: int) -> None:
+    """No guide of the opening is learnt then; its fit has to add up with the guides that come after it."""
+    spec = spec_of("rise", "black", masks=1024, p_mask=0.1, seed=seed)
+
+    def event(masks: Masks) -> np.ndarray:
+        corners = pixels(spec, (4, 4), masks)[:, 0, [0, -1], [0, -1]]
+        return 0.9 * (corners > 0.5).all(axis=1, keepdims=True)
+
+    own = event(draw(spec, 0, 384))
+    assert learn_by_fold(spec, (4, 4), np.concatenate([own, own], axis=1), [0]) is None
+    result = picked(spec, (4, 4), event)
+    assert result.estimator == "importance"
+    exact = enumerated(spec, (4, 4), lambda masks: event(masks)[:, 0]).maps
+    assert (np.abs(result.maps - exact) < 3 * result.standard_error).all()
+
+
 def test_scores_that_are_small_behind_all_masks_are_learnt_as_well() -> None:
     def noise(offset: float, estimator: str) -> np.ndarray:
         # A seed at which no two ridges predict equally well, up to roundings.
