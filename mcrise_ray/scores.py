@@ -207,7 +207,7 @@ def launch(function: BlackBox, images: Float[Tensor, "B 3 H W"], *, kind: Kind =
             f"expected {kind} as one tensor, array or list of numbers from the model, found "
             f"{type(answer).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
-    if tensor.ndim != 2 or len(tensor) != len(images):
+    if tensor.ndim != 2 or len(tensor) != len(images) or not tensor.shape[1]:
         raise ScoreError(
             f"expected {kind} of shape ({len(images)}, {_AXES[kind]}) from the model, "
             f"found {tuple(tensor.shape)}"

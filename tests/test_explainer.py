@@ -132,6 +132,7 @@ def test_bad_settings_name_the_knob(change: dict, message: str) -> None:
     [
         (lambda i: i.mean(dim=(1, 2, 3)), errors.ScoreError, r"shape \(1, classes\).*found \(1,\)"),
         (lambda i: i.mean(dim=(2, 3))[:0], errors.ScoreError, r"found \(0, 3\)"),
+        (lambda i: i.mean(dim=(2, 3))[:, :0], errors.ScoreError, r"found \(1, 0\)"),
         (lambda i: i.mean(dim=(2, 3)) * float("nan"), errors.ScoreError, "expected finite scores.*1 of 1"),
         (
             lambda i: i @ torch.ones(3, 3),
