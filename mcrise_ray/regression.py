@@ -38,8 +38,8 @@ class Basis:
         """From the features' number, sum and sum of outer products."""
         mean = total / max(count, 1)
         values, vectors = np.linalg.eigh(squares - count * np.outer(mean, mean))
-        # Of features that are all the same, as where no mask has a masked cell, roundings are left: a ridge in
-        # units of these would hold nothing back.
+        # Of features that are all the same, as where no mask has a masked cell, roundings are left: a ridge
+        # in units of these would hold nothing back.
         return Basis(count, mean, np.where(values > _VISIBLE * np.trace(squares), values, 0), vectors)
 
 
