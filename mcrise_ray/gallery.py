@@ -216,7 +216,7 @@ class GalleryStore:
             if memory_map is None or not len(keys):
                 embeddings = np.empty(shape, np.float32)
             else:
-                embeddings = np.lib.format.open_memmap(memory_map, "w+", np.float32, shape)
+                embeddings = _mapped(memory_map, shape)
         except OSError as error:
             raise StoreError(f"cannot write embeddings to {memory_map}: {error}; set TMPDIR") from error
         places = np.full(rows, -1)
@@ -282,6 +282,17 @@ class GalleryStore:
             raise StoreError(
                 f"cannot write {name} to {self.location}: {error}; check --gallery-store"
             ) from error
+
+
+def _mapped(path: str, shape: tuple[int, int]) -> Float32[np.ndarray, "N D"]:
+    """A new file of zeros, mapped: on a full disk writing it is an error, and writing to the map of a file
+    with holes would end the process.
+    """
+    row = bytes(4 * shape[1])
+    with open(path, "wb") as file:
+        for _ in range(shape[0]):
+            file.write(row)
+    return np.memmap(path, np.float32, "r+", shape=shape)
 
 
 def _name_of(path: str) -> str:

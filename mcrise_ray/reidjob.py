@@ -129,7 +129,6 @@ class ReidJob:
         if next(iter(self._gallery.source), None) is None:
             raise ImageError(f"expected gallery images, found none in {self._shown()}; check --gallery")
         self._queries = _Side(ImageSource(job.images), GalleryStore(files.join(job.output, "queries")))
-        self._cache: TemporaryDirectory[str] | None = None
         self._matcher = ThreadPoolExecutor(1, "matcher")
         self._ranks: list[Int64[np.ndarray, " n"]] = []
         self._ledger: EmbeddingLedger | None = None
@@ -165,12 +164,10 @@ class ReidJob:
         return retrieval(self._ranks)
 
     def close(self) -> None:
-        """Leave nothing behind that works or takes space."""
+        """Leave nothing behind that works."""
         if self._ledger is not None:
             self._ledger.close()
         self._matcher.shutdown(cancel_futures=True)
-        if self._cache is not None:
-            self._cache.cleanup()
 
     def _explain(self, batch_size: int, saved: Callable[[str], Saved | None]) -> Ledger:
         return Ledger(self._images(), self._job.explain, batch_size, saved)
@@ -178,11 +175,12 @@ class ReidJob:
     def _images(self) -> Iterator[ImageRef]:
         """Whatever is to end in a row: images that could not be embedded, then the queries."""
         yield from (ref for ref in self._unembedded() if ref.image_id not in self._committed)
-        self._cache = TemporaryDirectory(prefix="mcrise-", ignore_cleanup_errors=True)
-        queries, gallery = (
-            side.store.load(side.chunks, str(Path(self._cache.name) / name))
-            for name, side in (("queries.npy", self._queries), ("gallery.npy", self._gallery))
-        )
+        # Files that are mapped need no name: nothing is left of them however this process ends.
+        with TemporaryDirectory(prefix="mcrise-", ignore_cleanup_errors=True) as folder:
+            queries, gallery = (
+                side.store.load(side.chunks, str(Path(folder) / name))
+                for name, side in (("queries", self._queries), ("gallery", self._gallery))
+            )
         if not len(gallery):
             raise StoreError(f"expected gallery images that can be embedded, found none: {self._shown()}")
         if not len(queries):

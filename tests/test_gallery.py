@@ -241,6 +241,11 @@ def test_embeddings_may_be_a_memory_map(tmp_path: Path, folder: Path) -> None:
     np.testing.assert_array_equal(mapped.embeddings, made.load().embeddings)
     with pytest.raises(StoreError, match=r"cannot write embeddings to .*no/where.npy: .*; set TMPDIR"):
         made.load(memory_map=str(tmp_path / "no" / "where.npy"))
+    if Path("/dev/full").exists():  # where whatever is written finds no space
+        with pytest.raises(
+            StoreError, match=r"cannot write embeddings to /dev/full: .*No space left.*TMPDIR"
+        ):
+            made.load(memory_map="/dev/full")
 
 
 def test_another_model_or_preprocessing_is_refused(tmp_path: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -526,6 +527,23 @@ def test_a_stop_between_embedding_and_explaining(
     run(job(folder, tmp_path / "out"))
     assert counting.embedded == 0
     assert content(tmp_path / "out") == undisturbed
+
+
+def test_a_killed_driver_leaves_no_copy_of_the_gallery(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could not clean up: there is nothing to clean up while it explains."""
+    (temporary := tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    seen: list[list[Path]] = []
+
+    class Looking(Silent):
+        def masks_done(self, masks: int) -> None:
+            seen.append([*temporary.glob("mcrise-*")])
+
+    assert run(job(folder, tmp_path / "out"), Looking()).images == 4
+    assert seen
+    assert not any(seen)
 
 
 @pytest.mark.parametrize("after", [64, 256, 320, 900])
