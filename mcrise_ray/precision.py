@@ -165,14 +165,22 @@ def _with_cast_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return network
 
 
-def _compiled(network: nn.Module) -> Any:
+def _compiled(network: nn.Module) -> BlackBox:
     """The network by torch.compile, for one shape, when it is first called."""
     import torch._inductor.config as inductor
 
     # By default every process starts as many compilers as there are cores, and so would every actor.
     inductor.compile_threads = torch.get_num_threads()
-    # Freezing folds normalisation layers and casts into the weights.
-    return torch.compile(network, dynamic=False, options={"freezing": True})
+    compiled = torch.compile(network, dynamic=False)
+
+    def ask(images: Float[Tensor, "B 3 H W"]) -> Any:
+        # Freezing folds normalisation layers and casts into the weights, and then activations into layers.
+        # It is no option of `torch.compile`, to which weights are inputs by the time that it reads those, nor
+        # a setting for good: networks of others that are compiled in this process keep their weights.
+        with inductor.patch(freezing=True):
+            return compiled(images)
+
+    return ask
 
 
 def layout_of(precision: Precision) -> torch.memory_format:

@@ -414,6 +414,29 @@ def test_a_compiled_model_is_compiled_once_and_gives_the_same_bits_to_every_work
         np.testing.assert_allclose(first, expected[a:b], rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_model_has_its_weights_and_normalisation_folded_in() -> None:
+    """Frozen weights are constants: whole batches do not see what becomes of the network's. Networks of others
+    that this process compiles keep theirs.
+    """
+
+    def normalised() -> nn.Module:
+        layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU6(), nn.Flatten())
+        return layers.eval()
+
+    mine, other, images = normalised(), normalised(), torch.rand(8, 3, 6, 6)
+    frozen, theirs = Adapted(mine, Precision(compiled=True), batch_size=8), torch.compile(other)
+    with torch.inference_mode():
+        expected = mine(images)
+        torch.testing.assert_close(frozen(images), expected)
+        theirs(images)
+        for network in (mine, other):
+            network.get_parameter("1.weight").zero_()
+            network.get_parameter("1.bias").fill_(5.0)
+        torch.testing.assert_close(frozen(images), expected)
+        assert (theirs(images) == 5).all()
+
+
 def test_deviation_is_of_the_spread() -> None:
     reference = np.array([[0.0, 1.0], [1.0, 0.0]])
     assert deviation(reference, reference) == (0.0, 0.0)
