@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mcrise_ray as mr
-from mcrise_ray import errors
+from mcrise_ray import errors, plan
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
 SPEC = mr.ExplainSpec(masks=128)
@@ -93,6 +94,32 @@ def test_batch_size_changes_nothing_for_a_model_that_is_exact() -> None:
     results = [mr.explain(lambda i: i[:, :, 3, 5], IMAGE, 0, SPEC, batch_size=b) for b in (1, 33, 1000)]
     np.testing.assert_array_equal(results[0].maps, results[1].maps)
     np.testing.assert_array_equal(results[0].maps, results[2].maps)
+
+
+@pytest.mark.parametrize("estimator", ["paper", "control-variate", "importance"])
+def test_memory_does_not_grow_with_N(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flat law, past the masks whose scores are fitted, which are bounded, and at the largest units."""
+    monkeypatch.setattr(plan, "_PILOT", 1024)
+    monkeypatch.setattr(plan, "_LARGEST", 128)
+
+    def held(masks: int) -> int:
+        """Bytes, after the last masks."""
+        spec, seen = mr.ExplainSpec(method="rise", masks=masks, grid=(2, 2), estimator=estimator), [0]
+        tracemalloc.start()
+        mr.explain(
+            lambda images: images.mean(dim=(2, 3)),
+            IMAGE,
+            0,
+            spec,
+            batch_size=128,
+            on_progress=lambda _: seen.append(tracemalloc.get_traced_memory()[0]),
+        )
+        tracemalloc.stop()
+        return seen[-1]
+
+    few, more = 4096, 16384
+    held(more)  # what is made once and kept
+    assert held(more) - held(few) < 4 * (more - few)  # a score alone takes eight bytes
 
 
 def test_progress_counts_every_mask() -> None:
