@@ -243,21 +243,20 @@ def _walk_local(root: str, below: str, above: frozenset[tuple[int, int]]) -> _Wa
     folder = os.path.join(root, below)
     try:
         status = os.stat(folder)
-        entries = os.scandir(folder)
-    except OSError as error:
-        yield below, str(unreadable(error))
-        return
-    identity = (status.st_dev, status.st_ino)
-    with entries:
+        identity = (status.st_dev, status.st_ino)
         if identity in above:  # a link to a folder that it is in
             return
-        first = sorted(islice(entries, _SORTED_UP_TO), key=lambda entry: entry.name)
-        for entry in chain(first, entries):
-            relative = os.path.join(below, entry.name)
-            if os.path.isdir(entry.path):
-                yield from _walk_local(root, relative, above | {identity})
-            else:
-                yield relative, None
+        with os.scandir(folder) as entries:
+            first = sorted(islice(entries, _SORTED_UP_TO), key=lambda entry: entry.name)
+            for entry in chain(first, entries):
+                relative = os.path.join(below, entry.name)
+                # A folder that cannot be asked is none to `isdir`, and would vanish with all that is in it.
+                if entry.is_dir(follow_symlinks=False) or os.path.isdir(entry.path):
+                    yield from _walk_local(root, relative, above | {identity})
+                else:
+                    yield relative, None
+    except OSError as error:
+        yield below, str(unreadable(error))
 
 
 def _walk_remote(filesystem: pyarrow.fs.FileSystem, root: str, below: str) -> _Walk:

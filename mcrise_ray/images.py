@@ -219,9 +219,10 @@ def _list(source: str) -> Iterator[ImageRef]:
                 yield from map(_inside, shards.list_torchvision(source))
             case _:
                 yield ImageRef(files.printable(source), files.location_of(source))
-    except ImageError as error:
+    except (ImageError, OSError) as error:
+        problem = files.unreadable(error) if isinstance(error, OSError) else error
         name = files.printable(source)
-        yield ImageRef(name, name, problem=f"{files.shown(name)}: {error}")
+        yield ImageRef(name, name, problem=f"{files.shown(name)}: {problem}")
 
 
 def _list_folder(folder: str, classes: dict[str, int]) -> Iterator[ImageRef]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -13,10 +14,11 @@ import tarfile
 import tempfile
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -410,6 +412,47 @@ def test_a_damaged_shard_is_one_problem_and_the_others_go_on(data: Path, tmp_pat
     assert [ref.image_id[-7:] for ref in problems] == ["s-0.tar", "s-1.tar", "s-2.tar"]
     assert all("\n" not in (ref.problem or "") for ref in problems)
     assert [color_of(ref.uri) for ref in refs if ref.image_id.startswith("s-3")] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["list.csv", "folder"])
+def test_a_disk_that_fails_in_the_midst_of_a_listing_is_one_problem(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    failure = OSError(errno.EIO, os.strerror(errno.EIO))
+
+    class Failing(io.BytesIO):
+        def read1(self, size: int = -1) -> bytes:
+            if not (read := super().read1(size)):
+                raise failure
+            return read
+
+    class Entries(AbstractContextManager[Any]):
+        def __init__(self, folder: str) -> None:
+            self.folder, self.entries = folder, scandir(folder)
+
+        def __exit__(self, *error: object) -> None:
+            self.entries.close()
+
+        def __iter__(self) -> Iterator[Any]:
+            yield from self.entries
+            if self.folder.endswith("bad"):
+                raise failure
+
+    scandir = os.scandir
+    (tmp_path / "folder/bad").mkdir(parents=True)
+    for where in ("folder/a.png", "folder/bad/b.png", "folder/c.png"):
+        (tmp_path / where).write_bytes(png(0))
+    last = tmp_path / "last.png"
+    last.write_bytes(png(0))
+    monkeypatch.setattr(files, "open_seekable", lambda location: Failing(b"uri\na.png\nb.png\n"))
+    monkeypatch.setattr(os, "scandir", Entries)
+    (tmp_path / "list.csv").write_text("uri\n")
+    refs = list(ImageSource([str(tmp_path / name), str(last)]))
+    (problem,) = (ref.problem for ref in refs if ref.problem is not None)
+    bad = tmp_path / ("folder/bad" if name == "folder" else name)
+    assert problem == f"{bad}: cannot read it: Input/output error"
+    found = ["a.png", "c.png" if name == "folder" else "b.png", str(last)]
+    assert [ref.image_id for ref in refs if ref.problem is None] == found
 
 
 def test_a_shard_cut_after_listing_is_an_image_error(data: Path, tmp_path: Path) -> None:
