@@ -16,6 +16,7 @@ import numpy as np
 
 from mcrise_ray.bookkeeping import Bookkeeping
 from mcrise_ray.checkpoints import Checkpoints
+from mcrise_ray.errors import StoreError
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.lease import Lease
 from mcrise_ray.models import ModelFacts
@@ -202,22 +203,30 @@ class Recorder:
             StoreError: the rest cannot be written, or another driver has taken over.
         """
         try:
-            self._lease.renew()  # where another driver has taken over, nothing is ours to write any more
+            self._lease.renew()
             self._write(self._flush)
             if state != "done":
                 self._save(0.0)
             while self._backlog:
                 self._backlog.popleft().result()
+            if state == "done":
+                self._checkpoints.clear()
+            self._end(state, more)
+        except StoreError as error:  # a disk that is too full for maps may have room for a line that says so
+            self._end("failed", {"error": str(error), **more})
+            raise
         finally:  # nothing is being written any more when this returns, even where the store has failed
             self._writer.shutdown(cancel_futures=True)
-        if state == "done":
-            self._checkpoints.clear()
+
+    def _end(self, state: str, more: dict[str, Any]) -> None:
+        """Say how the job ended."""
+        self._reporter.job_ended(state, {**asdict(self.counts), **more})
+        self._lease.renew()  # where another driver has taken over, nothing is ours to write any more
         self._write_progress(state)
         if self._built is not None:
             kept = {} if state == "done" else self._until_done
             told = {**kept, "counts": asdict(self.counts), **more}
             self._store.write_job(job_file(self._job, self._built, state, **told))
-        self._reporter.job_ended(state, {**asdict(self.counts), **more})
 
     def _write(self, action: Callable[[], None]) -> None:
         while len(self._backlog) >= _BACKLOG:

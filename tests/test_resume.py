@@ -90,6 +90,11 @@ def content(output: Path) -> dict[tuple[str, int], bytes]:
     return dict(rows)
 
 
+def states(output: Path) -> list[str]:
+    """Of the job, as those who ask for it and those who resume it read them."""
+    return [json.loads((output / name).read_text())["state"] for name in ("progress.json", "job.json")]
+
+
 class Interrupting(Silent):
     """Raises after some masks, as Ctrl-C does."""
 
@@ -223,11 +228,35 @@ def test_a_full_disk_stops_the_job_with_nothing_half_written_and_it_goes_on_late
         with pytest.raises(StoreError, match=r"cannot write maps/part-.*No space left.*same job again"):
             run(spec)
     assert len(written) == 1
+    assert states(tmp_path / "out") == ["failed", "failed"]
     assert not list((tmp_path / "out").rglob("*.tmp-*"))
     for file in (tmp_path / "out/maps").iterdir():
         pyarrow.parquet.read_table(file)
     run(spec)
     assert content(tmp_path / "out") == undisturbed
+
+
+def test_a_disk_that_is_full_at_the_very_end_has_failed_the_job(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def full(source: str, target: str) -> None:
+        if "maps" in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    class Ending(Silent):
+        def job_ended(self, state: str, facts: dict[str, Any]) -> None:
+            self.notes.append(f"{state}: {facts['error']}")
+
+    reporter = Ending()
+    monkeypatch.setattr(recorder, "_COMMIT_EVERY", 1e9)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StoreError, match=r"cannot write maps/part-.*No space left"):
+        run(job(folder, tmp_path / "out"), reporter)
+    assert states(tmp_path / "out") == ["failed", "failed"]
+    assert reporter.notes[-1].startswith("failed: cannot write maps/part-")
 
 
 def test_sums_that_cannot_be_read_are_summed_anew(
