@@ -161,7 +161,9 @@ def load_network(spec: ModelSpec, named: Mapping[str, Loader], forms: str) -> Lo
     load = _loader_of(spec.model, named, forms)
     if spec.args and load is not zoo.load_factory:
         raise ModelError(f"--model-arg is for package.module:factory, found {', '.join(spec.args)}")
-    return load(spec, _device(spec.device))
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(0)  # weights that are drawn are the same in every actor
+        return load(spec, _device(spec.device))
 
 
 def resolved(own: dict[str, Any], asked: dict[str, Any]) -> Preprocessing:

@@ -664,6 +664,16 @@ def test_a_server_in_a_spec_holds_no_password() -> None:
     assert "geheim" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("model", "side"), [("torchvision:resnet18", 32), ("networks:fixed_size", 8)])
+def test_weights_that_are_drawn_at_random_are_the_same_in_every_actor(model: str, side: int) -> None:
+    """Masks of one image were scored by as many networks as there were actors."""
+    images = torch.rand(2, 3, side, side)
+    before = torch.get_rng_state()
+    one, other = (mr.load_model(model, preprocessing={"size": (side, side)}) for _ in range(2))
+    assert torch.equal(one(images), other(images))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     ("model", "weights", "untrained"),
     [
