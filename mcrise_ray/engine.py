@@ -73,7 +73,7 @@ class Sink(Protocol):
     """Where results go, in the order in which they come."""
 
     def built(self, built: Any) -> None:
-        """The first actor has built the model; told before any call is handed out."""
+        """An actor has built the model; told before any call is handed out to it."""
         ...
 
     def ended(self, image: Ended) -> None:
@@ -243,9 +243,8 @@ class Engine:
     def _built(self, actor: _Actor, facts: Any) -> None:
         actor.built = True
         self._hungry.append(actor.number)
-        if not self._ever_built:
-            self._ever_built = True
-            self._sink.built(facts)
+        self._ever_built = True
+        self._sink.built(facts)
         self._sink.actors_alive(self._alive())
 
     def _returned(self, actor: _Actor, call: Call, reply: Reply) -> None:

@@ -36,7 +36,6 @@ from mcrise_ray.store import resolve
 _KEYS = ("image_id", "uri", "pid", "camid")
 _MENDED = "+"  # between the name of a chunk and the rest of that of a file with images of it that were mended
 _ROWS_READ = 16384  # embeddings in memory at a time, beside those that are kept
-_SAME_MODEL = 1e-2  # of a probe's norm: what devices and precisions differ by, and far less than two models
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,7 @@ class GalleryStore:
                     f"expected a gallery embedded with {key} {value}, found "
                     f"{stored['preprocessing'].get(key)} in {self.location}; {advice}"
                 )
-        theirs, ours = np.array(stored["probe"]), np.array(facts.probe)
-        if len(theirs) != len(ours) or np.linalg.norm(theirs - ours) > _SAME_MODEL * np.linalg.norm(ours):
+        if not facts.is_model_of(stored["probe"]):
             raise StoreError(
                 f"expected a gallery embedded by {facts.model}, found one by {stored['model']} with other "
                 f"weights in {self.location}; {advice}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from mcrise_ray.results import Results, read_results
 from mcrise_ray.rows import MapRow, MatchRow
 from mcrise_ray.store import Committed, Store, figure_name
 from mcrise_ray.targets import check_source
-from mcrise_ray.worker import InProcess, Setup, Worker
+from mcrise_ray.worker import Built, InProcess, Setup, Worker
 
 _COUNTED = 1000  # shorter lists are counted before the start, for the progress bar
 _COUNT_FOR = 0.5  # seconds
@@ -190,7 +191,7 @@ def _run(
         reporter,
         clear=overwrite,
         forget_errors=forget_errors,
-        check=(lambda _: None) if reid is None else lambda built: reid.check(built.facts),
+        check=lambda built: _check_model(built, None if overwrite else store.read_json("job.json"), reid),
         on_built=(lambda _: None) if reid is None else lambda built: reid.begin(built.facts),
     )
     engine = Engine(ledger, executor, recorder, Limits(max_retries=job.max_retries, deadline=job.deadline))
@@ -241,6 +242,17 @@ def committed_of(job: JobSpec, store: Store) -> Committed:
             "--overwrite where the job is not submitted"
         )
     return store.committed()
+
+
+def _check_model(built: Built, there: dict[str, Any] | None, reid: ReidJob | None) -> None:
+    """Results that are there come from this model: the file that was named may hold another one by now."""
+    if reid is not None:
+        reid.check(built.facts)
+    elif there is not None and not built.facts.is_model_of(there["model"]["probe"]):
+        raise StoreError(
+            "expected the model that made the results in --output, found one whose answers to noise are "
+            "others; take the weights of then, choose another --output, or say --overwrite"
+        )
 
 
 def _is_done(store: Store) -> bool:

@@ -7,7 +7,7 @@ network in training mode is an error at once, and not a folder of wrong maps.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +34,8 @@ _LIBRARIES: Final = frozenset({"torchvision", "timm", "hf", "torchreid"})  # nev
 
 _SLACK = 1e-3  # of a probability, and of a sum of probabilities
 _AGREEMENT = 0.05  # between batches of one and of two, of the largest score: int8 networks come near it
+_SAME_MODEL = 1e-2  # of a probe's norm: what devices and precisions differ by, and far less than two models
+_PROBED = 16  # outputs that are kept of those for noise
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,21 @@ class ModelFacts:
         device: where it runs; `server` where that is not here.
         classes: how many scores it returns; of a model that embeds, the dimensions.
         preprocessing: complete: the model's own with what was said otherwise.
-        probe: of a model that embeds, see `Embedder`.
+        probe: what it makes of a fixed image of noise, by which it is recognised.
     """
 
     model: str
     device: str
     classes: int
     preprocessing: Preprocessing
-    probe: tuple[float, ...] = ()
+    probe: tuple[float, ...]
+
+    def is_model_of(self, probe: Sequence[float]) -> bool:
+        """Whether a probe that was stored comes from this model."""
+        theirs, ours = np.array(probe), np.array(self.probe)
+        if len(theirs) != len(ours):
+            return False
+        return bool(np.linalg.norm(theirs - ours) <= _SAME_MODEL * np.linalg.norm(ours))
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Model:
         classes: C, how many scores it returns.
         class_names: in index order; empty where nobody told.
         device: where it runs; for a server, where its batches are made.
+        probe: first outputs for a fixed image of noise, by which results recognise their model.
     """
 
     black_box: BlackBox
@@ -72,6 +82,7 @@ class Model:
     classes: int
     class_names: tuple[str, ...]
     device: torch.device
+    probe: tuple[float, ...] = ()
 
     def __call__(self, images: Float[Tensor, "B 3 H W"]) -> Any:
         """Scores of RGB images in [0, 1]."""
@@ -131,20 +142,21 @@ def load_model(model: str | ModelSpec, **settings: Any) -> Model:
     loaded = load_network(spec, _CLASSIFIERS, FORMS)
     preprocessing = resolved(loaded.preprocessing, spec.preprocessing)
     black_box = wrapped(loaded.network, preprocessing)
-    classes = _check(black_box, preprocessing, loaded, spec)
+    outputs = _check(black_box, preprocessing, loaded, spec)
+    classes = len(outputs)
     names = read_class_names(spec.classes) if spec.classes else loaded.class_names
     if names and len(names) != classes:
         raise ModelError(
             f"expected {classes} class names, as many as the model has classes, found {len(names)} in "
             f"{spec.classes or spec.model}; check --classes and ?num_classes="
         )
-    return Model(black_box, preprocessing, classes, names, loaded.device)
+    return Model(black_box, preprocessing, classes, names, loaded.device, tuple(outputs[:_PROBED].tolist()))
 
 
 def facts(spec: ModelSpec, model: Model) -> ModelFacts:
     """What to store of a model that was loaded from a spec."""
     device = "server" if is_server(spec.model) else str(model.device)
-    return ModelFacts(spec.model, device, model.classes, model.preprocessing)
+    return ModelFacts(spec.model, device, model.classes, model.preprocessing, model.probe)
 
 
 def load_network(spec: ModelSpec, named: Mapping[str, Loader], forms: str) -> Loaded:
@@ -229,8 +241,10 @@ def _load_server(spec: ModelSpec, device: torch.device) -> Loaded:
     return Loaded(server, server.layout.preprocessing(), torch.device("cpu"))
 
 
-def _check(black_box: BlackBox, preprocessing: Preprocessing, loaded: Loaded, spec: ModelSpec) -> int:
-    """The number of classes of a model that answers as it should to two images of noise.
+def _check(
+    black_box: BlackBox, preprocessing: Preprocessing, loaded: Loaded, spec: ModelSpec
+) -> Float64[np.ndarray, " C"]:
+    """The outputs for noise of a model that answers as it should to two images of it.
 
     Raises:
         ModelError: it does not; the message names the knob to turn.
@@ -256,7 +270,8 @@ def _check(black_box: BlackBox, preprocessing: Preprocessing, loaded: Loaded, sp
             f"{difference:.3g}); is it in training mode, or does it normalise over the batch"
         )
     _check_activation(raw, preprocessing, loaded, spec)
-    return int(raw.shape[1])
+    outputs: np.ndarray = alone[0]
+    return outputs
 
 
 def _suspects(network: BlackBox) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mcrise_ray.bookkeeping import Bookkeeping
 from mcrise_ray.checkpoints import Checkpoints
-from mcrise_ray.errors import StoreError
+from mcrise_ray.errors import ModelError, StoreError
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.lease import Lease
 from mcrise_ray.models import ModelFacts
@@ -111,6 +111,13 @@ class Recorder:
 
     def built(self, built: Built) -> None:
         """See `Sink`."""
+        if self._built is not None:
+            if not built.facts.is_model_of(self._built.facts.probe):
+                raise ModelError(
+                    "expected the same model in every actor, found one whose answers to noise are others: "
+                    "have its weights been changed meanwhile, or do machines hold different files?"
+                )
+            return
         self._check(built)
         self._built = built
         self._ledger.batch_size = built.execution.batch_size
@@ -384,6 +391,7 @@ def job_file(job: JobSpec, built: Built, state: str, **more: Any) -> dict[str, A
             "device": facts.device,
             "classes" if job.reid is None else "dimensions": facts.classes,
             "preprocessing": facts.preprocessing.model_dump(mode="json"),
+            **({"probe": facts.probe} if job.reid is None else {}),  # that of an embedder is with its gallery
         },
         "execution": built.execution.model_dump(mode="json"),
         "spec_hash": job.explain.hash,

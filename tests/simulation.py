@@ -246,13 +246,14 @@ class Sums:
         self.failures: dict[str, Failure] = {}
         self.order: list[str] = []
         self.notes: list[str] = []
+        self.built_models: list[object] = []
         self.retries: Counter[str] = Counter()
         self.alive: list[int] = []
         self.finished = 0
         self.keep = True
 
     def built(self, facts: object) -> None:
-        self.notes.append(f"built {facts}")
+        self.built_models.append(facts)
 
     def ended(self, image: Ended) -> None:
         self.finished += 1

@@ -611,6 +611,7 @@ def test_a_job_stores_the_model_and_maps_of_the_size_asked_for(tmp_path: Path, o
         "device": "cpu",
         "classes": networks.CLASSES,
         "preprocessing": mr.Preprocessing(**record).model_dump(mode="json"),
+        "probe": list(mr.load_model(job.model).probe),
     }
     rows = {Path(row.image_id).stem: row for row in results}
     assert len(results) == len(rows) == 3

@@ -22,11 +22,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 from reporting import Silent
+from safetensors.torch import save_file
 
 import mcrise_ray as mr
 from mcrise_ray import jobs, lease, recorder
 from mcrise_ray.checkpoints import Checkpoints
-from mcrise_ray.errors import StoreError
+from mcrise_ray.engine import Event
+from mcrise_ray.errors import ModelError, StoreError
 from mcrise_ray.explainer import Subject, perform
 from mcrise_ray.jobs import Summary, run_job
 from mcrise_ray.jobspec import JobSpec
@@ -37,6 +39,7 @@ from mcrise_ray.reduction import Reduction
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
 from mcrise_ray.tasks import Inspection, Saved, Target
+from mcrise_ray.worker import InProcess, Worker
 
 NAMES = ("a.png", "b.png", "c.png", "d.png")
 SPECS = {  # ten units each
@@ -287,6 +290,70 @@ def test_sums_of_another_version_are_summed_anew(
     reporter = Silent()
     run(spec, reporter)
     assert reporter.masks == 4 * 640
+    assert content(tmp_path / "out") == undisturbed
+
+
+def train_more(weights: Path) -> None:
+    """The file holds another model from here on."""
+    state = {name: 1.1 * value for name, value in blackboxes.small_network().state_dict().items()}
+    save_file(state, weights)
+
+
+def job_with_weights(folder: Path, output: Path, weights: Path) -> JobSpec:
+    save_file(blackboxes.small_network().state_dict(), weights)
+    spec = job(folder, output)
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"weights": str(weights)})})
+
+
+def test_results_of_a_model_that_has_changed_are_not_gone_on_with(
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes]
+) -> None:
+    """Some maps would be those of one model, some those of another, and one the sum of both."""
+    weights = tmp_path / "best.safetensors"
+    spec = job_with_weights(folder, tmp_path / "out", weights)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Interrupting(1000))
+    train_more(weights)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/*")}
+    with pytest.raises(StoreError, match=r"^expected the model that made the results in --output, found one"):
+        run(spec)
+    assert {path: path.read_bytes() for path in before} == before
+    save_file(blackboxes.small_network().state_dict(), weights)
+    assert run(spec).earlier == 1
+    assert content(tmp_path / "out") == undisturbed
+    train_more(weights)
+    run_job(spec, Silent(), overwrite=True)
+    assert content(tmp_path / "out") != undisturbed
+
+
+def test_a_model_that_changes_under_its_job_stops_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[tuple[str, int], bytes]
+) -> None:
+    """An actor that comes later, or on another machine, finds other weights in the file."""
+    weights = tmp_path / "best.safetensors"
+
+    class Later(InProcess):
+        def wanted(self) -> int:
+            return 2
+
+        def start(self, actor: int) -> None:
+            super().start(actor)
+            self._waiting.rotate()
+
+        def wait(self, seconds: float) -> list[Event]:
+            if self._waiting[0] == (0, None):
+                train_more(weights)
+                self.worker = Worker(self.worker._setup)
+            return super().wait(seconds)
+
+    spec = job_with_weights(folder, tmp_path / "out", weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "InProcess", Later)
+        with pytest.raises(ModelError, match=r"^expected the same model in every actor, found one whose ans"):
+            run(spec)
+    assert states(tmp_path / "out") == ["failed", "failed"]
+    save_file(blackboxes.small_network().state_dict(), weights)
+    run(spec)
     assert content(tmp_path / "out") == undisturbed
 
 
