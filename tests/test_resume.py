@@ -262,14 +262,18 @@ def test_a_disk_that_is_full_at_the_very_end_has_failed_the_job(
     assert reporter.notes[-1].startswith("failed: cannot write maps/part-")
 
 
+@pytest.mark.parametrize("damage", ["cut", "a byte"])
 def test_sums_that_cannot_be_read_are_summed_anew(
-    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes]
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes], damage: str
 ) -> None:
     spec = job(folder, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         run(spec, Interrupting(320))
     (file,) = (tmp_path / "out/partial").iterdir()
-    file.write_bytes(file.read_bytes()[:1000])
+    kept = bytearray(file.read_bytes())
+    if damage == "a byte":  # how its last member is compressed
+        kept[kept.rindex(b"PK\x01\x02") + 10] = 77
+    file.write_bytes(kept[:1000] if damage == "cut" else kept)
     reporter = Silent()
     run(spec, reporter)
     assert reporter.masks == 4 * 640
