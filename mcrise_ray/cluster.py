@@ -34,6 +34,7 @@ from mcrise_ray.errors import ClusterError, MCRiseError, ModelError
 from mcrise_ray.faults import Fault, FaultKind
 from mcrise_ray.guide import Guide
 from mcrise_ray.jobspec import ActorRange, JobSpec
+from mcrise_ray.memory import ONE_HEAP
 from mcrise_ray.precision import Execution
 from mcrise_ray.tasks import Call
 from mcrise_ray.worker import Built, Setup, Worker
@@ -198,6 +199,7 @@ class RayExecutor:
             max_restarts=0,
             max_task_retries=0,
             concurrency_groups={_BESIDE: 1},
+            runtime_env={"env_vars": ONE_HEAP},  # with groups, no call runs in the main thread
             **({"label_selector": job.label_selector} if job.label_selector else {}),
         )(Worker)
         self._handles: dict[int, ActorHandle] = {}

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -17,6 +18,11 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _NEVER = 2**31 - 1
+
+ONE_HEAP: Final = {"MALLOC_ARENA_MAX": "1"}
+"""Environment of a process in which `keep_freed` is for all threads: by default all but the main one have
+heaps of their own, which hold no block above 64 MiB, and go back to the kernel when nothing is in them.
+"""
 
 _CPU = torch.device("cpu")
 
@@ -52,6 +58,7 @@ def forget_peak(device: torch.device = _CPU) -> None:
 
 def keep_freed() -> bool:
     """Let this process keep the memory that it frees, for its next batch; glibc alone can, others say False.
+    It is for the main thread alone, unless the process began with `ONE_HEAP`.
 
     The kernel clears every page that it hands out, and by default glibc returns large blocks at once: on a
     CPU that is a tenth of the time of a ResNet-50, and a third of that of a MobileNetV2.

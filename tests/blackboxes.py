@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from contextlib import suppress
@@ -136,3 +137,24 @@ class DiesOnce(nn.Module):
 
 def dies_once(flag: str) -> nn.Module:
     return DiesOnce(flag)
+
+
+class Sparing(nn.Module):
+    """Channel means, with a large block of memory, for which new pages may come only in the first calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**25)
+        new_pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        if self.calls > 4 and new_pages > 100:
+            raise RuntimeError(f"{new_pages} new pages")
+        return 4 * images.mean(dim=(2, 3))
+
+
+def sparing() -> nn.Module:
+    return Sparing()

@@ -243,6 +243,14 @@ def test_explain_gives_the_bits_of_actors(local_ray: None, folder: Path, tmp_pat
     np.testing.assert_array_equal(result.maps, np.stack([found["c.bmp", 0], found["c.bmp", 3]]))
 
 
+def test_actors_keep_the_memory_that_they_free(local_ray: None, folder: Path, tmp_path: Path) -> None:
+    """Their calls run in a thread of their own, whose blocks of memory would go back to the kernel."""
+    model = ModelSpec(model="blackboxes:sparing", preprocessing={"size": (20, 24)})
+    alone = job(folder / "deep" / "er", tmp_path / "out", model=model, targets=(0,), actors=1)
+    summary = run_job(alone, Silent())
+    assert (summary.images, summary.errors) == (1, 0)
+
+
 def test_a_model_that_cannot_be_built_stops_the_job_with_its_own_error(
     local_ray: None, folder: Path, tmp_path: Path
 ) -> None:

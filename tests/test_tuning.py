@@ -416,8 +416,8 @@ def test_a_compiled_model_is_compiled_once_and_gives_the_same_bits_to_every_work
 
 @pytest.mark.usefixtures("compiler")
 def test_a_compiled_model_has_its_weights_and_normalisation_folded_in() -> None:
-    """Frozen weights are constants: whole batches do not see what becomes of the network's. Networks of others
-    that this process compiles keep theirs.
+    """Frozen weights are constants: whole batches do not see what becomes of the network's. Networks of
+    others that this process compiles keep theirs.
     """
 
     def normalised() -> nn.Module:
