@@ -22,7 +22,7 @@ DISTRACTOR = 0
 UNKNOWN = -(2**62)
 """What stands in arrays for a pid or camid that nobody told."""
 
-_MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)")
+_MARKET_NAME = re.compile(r"(-?\d{1,18})_c(\d{1,18})")  # more digits are a hash or a time, and fit no column
 
 
 def identity_of_name(name: str) -> tuple[int | None, int | None]:

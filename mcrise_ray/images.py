@@ -357,6 +357,8 @@ def _number(column: str, value: Any) -> int | None:
         number = str(value)
     if isinstance(number, str):
         raise ValueError(f"expected a whole number as {column}, found {value!r}")
+    if number is not None and abs(number) >= 2**63:
+        raise ValueError(f"expected a {column} below 2**63, found {number}; give people numbers from 1")
     return number
 
 

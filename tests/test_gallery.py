@@ -8,6 +8,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -298,6 +299,13 @@ def test_manifests_carry_people_and_cameras(tmp_path: Path) -> None:
     refs = [identified(ref) for ref in ImageSource(str(manifest))]
     assert [(ref.pid, ref.camid) for ref in refs] == [(12, 3), (None, None), (7, 2), (None, None)]
     assert "expected a whole number as pid, found 'x'" in (refs[3].problem or "")
+
+
+def test_people_are_numbers_that_a_column_holds(tmp_path: Path) -> None:
+    table = pa.table({"uri": ["a.png"], "pid": pa.array([2**63], pa.uint64())})
+    pq.write_table(table, tmp_path / "q.parquet")
+    (ref,) = ImageSource(str(tmp_path / "q.parquet"))
+    assert "expected a pid below 2**63, found 9223372036854775808" in (ref.problem or "")
 
 
 def test_named_pairs(tmp_path: Path) -> None:

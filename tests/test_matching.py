@@ -230,6 +230,7 @@ def test_words_for_matches() -> None:
         ("0042_c12_f0001.png", (42, 12)),
         ("cat.jpg", (None, None)),
         ("0001_c1s1/cat.jpg", (None, None)),
+        (f"{2**64}_c1.jpg", (None, None)),
     ],
 )
 def test_market_names(name: str, identity: tuple[int | None, int | None]) -> None:
