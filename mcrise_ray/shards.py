@@ -189,11 +189,15 @@ def _read_member(shard: str, offset: int, size: int) -> bytes:
 
 
 def image_column(schema: pa.Schema) -> str | None:
-    """The first column that holds encoded images; None for a Parquet file without any."""
-    for column in schema:
-        if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-            return str(column.name)
-    return None
+    """The column that holds encoded images: `image`, which masks may stand before, else the first; None for a
+    Parquet file without any.
+    """
+    found = [
+        str(column.name)
+        for column in schema
+        if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0
+    ]
+    return "image" if "image" in found else next(iter(found), None)
 
 
 def class_names(schema: pa.Schema) -> tuple[str, ...]:
@@ -358,7 +362,7 @@ def _query_value(text: str) -> bool | int | str:
 
 def _torchvision_label(dataset: Any, index: int) -> int | None:
     """The label without decoding the image, where the dataset keeps a list of one of the usual names."""
-    for name in ("targets", "_labels", "labels"):
+    for name in ("targets", "_labels", "labels", "y"):
         if (labels := getattr(dataset, name, None)) is not None:
             return _class(labels[index])
     for name in ("samples", "_samples"):

@@ -201,6 +201,14 @@ def test_torchvision_datasets(tmp_path: Path) -> None:
         read_image(refs[3].uri)
 
 
+def test_labels_of_caltech(tmp_path: Path) -> None:
+    """Its list of labels has a name that no other data set of torchvision has."""
+    for place, name in enumerate(["001.ak47", "002.american-flag"], start=1):
+        (tmp_path / "caltech256" / "256_ObjectCategories" / name).mkdir(parents=True)
+        (tmp_path / "caltech256" / "256_ObjectCategories" / name / f"{place:03d}_0001.jpg").touch()
+    assert [ref.label for ref in ImageSource(f"torchvision:Caltech256?root={tmp_path}")] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -521,6 +529,13 @@ def test_encoded_parquet_without_bytes_is_an_image_error(tmp_path: Path) -> None
     for ref in refs:
         with pytest.raises(ImageError, match="expected encoded bytes in column img, found none"):
             read_image(ref.uri)
+
+
+def test_images_are_those_of_the_column_image_whatever_stands_before_it(tmp_path: Path) -> None:
+    table = encoded_table(1).add_column(0, "mask", encoded_table(2)["image"][1:])
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    (ref,) = ImageSource(str(tmp_path / "a.parquet"))
+    assert (ref.image_id, color_of(ref.uri)) == ("0.png", 0)
 
 
 def test_links_to_folders_are_followed_and_cycles_are_not(data: Path, tmp_path: Path) -> None:
