@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +24,8 @@ class Results:
         job: the content of `job.json`.
     """
 
-    def __init__(self, location: str) -> None:
-        self._filesystem, self._root = resolve(location)
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self._filesystem, self._root = resolve(os.fspath(location))
         try:
             with self._filesystem.open_input_stream(f"{self._root}/job.json") as stream:
                 self.job: dict[str, Any] = json.loads(stream.read())
@@ -80,7 +81,7 @@ class Results:
         return sorted(file.path for file in found if is_part(file.path))
 
 
-def read_results(location: str) -> Results:
+def read_results(location: str | os.PathLike[str]) -> Results:
     """Open the output of a job, finished or not.
 
     Raises:

@@ -100,7 +100,7 @@ def test_a_job_needs_no_reporter_and_one_source_no_list(
 def test_every_image_ends_in_maps_or_errors(folder: Path, tmp_path: Path) -> None:
     reporter = Silent()
     summary = run_job(job(folder, tmp_path / "out"), reporter)
-    results = mr.read_results(str(tmp_path / "out"))
+    results = mr.read_results(tmp_path / "out")
     assert (summary.images, summary.errors, summary.rows, summary.masks) == (3, 4, 6, 900)
     assert {row.image_id for row in results} == {"a.png", "deep/b.jpg", "deep/er/c.bmp"}
     assert {row.image_id: row.stage for row in results.errors} == dict.fromkeys(
