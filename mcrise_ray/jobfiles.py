@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -47,6 +47,8 @@ _REQUIRED: Final = ("images", "model.model", "output")
 # Commented out in the example, because their defaults depend on the kind of the job, on whether a relative
 # error is asked for, and on the method.
 _DEPENDING: Final = frozenset({"explain.p_mask", "explain.masks", "explain.colors"})
+
+_LIKE: Final = 0.6  # of 1, how alike a wrong key and the right one are at least
 
 # Fields that hold part of another model, as free mappings.
 _PARTS: Final[dict[str, type[BaseModel]]] = {"model.preprocessing": Preprocessing}
@@ -91,7 +93,7 @@ def parse_job(values: Mapping[str, Any], folder: str | os.PathLike[str] = ".") -
 def example_job() -> str:
     """A commented job file in YAML with every key at its default, written from the fields of `JobSpec`."""
     head = "# A job of mcrise. Paths start at the folder of this file; null means: not set.\n"
-    return head + "\n".join(_example(JobSpec, "", 0))
+    return head + "\n".join(_example(JobSpec, "", 0)) + "\n"
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -176,23 +178,19 @@ def _refuse_unknown(values: Mapping[str, Any], model: type[BaseModel], prefix: s
 
 
 def _suggestion(name: str, model: type[BaseModel], prefix: str) -> str:
-    """The right key near a wrong one: of its own section, or of another one."""
-    near = _near(name, model.model_fields)
-    if near:
-        return f"did you mean {prefix}{near}"
-    elsewhere: dict[str, str] = {}
-    for path in _keys(JobSpec):
-        elsewhere.setdefault(path.rpartition(".")[2], path)
-    near = _near(name, elsewhere)
-    if near:
-        return f"did you mean {elsewhere[near]}"
-    return f"expected one of {', '.join(model.model_fields)}"
+    """The right key nearest to a wrong one, wherever it belongs; of two as near, its own section's."""
+    known: dict[str, str] = {}
+    for path in (*(f"{prefix}{own}" for own in model.model_fields), *_keys(JobSpec)):
+        known.setdefault(path.rpartition(".")[2], path)
 
+    def likeness(key: str) -> float:
+        return difflib.SequenceMatcher(None, key, name.lower()).ratio()
 
-def _near(name: str, known: Collection[str]) -> str | None:
-    near = difflib.get_close_matches(name, known, n=1)
-    longer = (other for other in known if len(name) > 2 and name in other)
-    return near[0] if near else next(longer, None)
+    nearest = max(known, key=likeness)  # the first among equals
+    if likeness(nearest) < _LIKE:
+        longer = (key for key in known if len(name) > 2 and name.lower() in key)
+        nearest = next(longer, "")
+    return f"did you mean {known[nearest]}" if nearest else f"expected one of {', '.join(model.model_fields)}"
 
 
 def _built(values: Mapping[str, Any], model: type[BaseModel], prefix: str) -> Any:

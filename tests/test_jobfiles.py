@@ -14,6 +14,7 @@ from mcrise_ray.errors import SpecError
 from mcrise_ray.jobfiles import example_job, load_job, parse_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
+from mcrise_ray.spec import PALETTES
 
 SMALL = {"images": ["a.png"], "model": {"model": "m:f"}, "output": "out"}
 
@@ -62,7 +63,13 @@ def test_every_format_gives_the_same_job(tmp_path: Path, name: str) -> None:
     assert job == parse_job(yaml.safe_load(FORMS["job.yaml"]), tmp_path)
 
 
+def test_palettes_and_fills_may_be_listed_together(tmp_path: Path) -> None:
+    job = parse_job({**SMALL, "explain": {"colors": ["paper5", "#808080"]}}, tmp_path)
+    assert job.explain.colors == (*PALETTES["paper5"], "#808080")
+
+
 def test_the_example_loads_to_the_defaults(tmp_path: Path) -> None:
+    assert example_job().endswith("\n")  # a key that is appended starts a line
     job = load_job(write(tmp_path, example_job()))
     model = ModelSpec(model="torchvision:resnet50?weights=IMAGENET1K_V2")
     assert job == JobSpec(images=(str(tmp_path / "images"),), model=model, output=str(tmp_path / "results"))
@@ -182,6 +189,11 @@ def test_models_that_are_files_start_there_too(tmp_path: Path, model: str, found
         ({"explain": {"mask": 3}}, r"unknown key explain\.mask; did you mean explain\.masks$"),
         ({"masks": 3}, r"unknown key masks; did you mean explain\.masks$"),
         ({"weights": "w"}, r"unknown key weights; did you mean model\.weights$"),
+        # Not images, reid and actors, which are less near and in their own section.
+        ({"mask": 3}, r"unknown key mask; did you mean explain\.masks$"),
+        ({"Grid": [8, 8]}, r"unknown key Grid; did you mean explain\.grid$"),
+        ({"clors": "red"}, r"unknown key clors; did you mean explain\.colors$"),
+        ({"OUTPUT": "o"}, r"unknown key OUTPUT; did you mean output$"),
         (
             {"model": {"model": "m:f", "preprocessing": {"sise": [1, 1]}}},
             r"preprocessing\.sise; did you mean",
