@@ -65,21 +65,20 @@ def one_line(error: ValidationError) -> str:
 
 
 def parse_colors(colors: Any) -> tuple[str, ...]:
-    """The fills meant by a palette's name, a comma-separated string, or a list of names and `#rrggbb`."""
+    """The fills that names of palettes and colours and `#rrggbb` mean: a list, or a string with commas."""
     if isinstance(colors, str):
-        name = colors.strip().lower()
-        colors = PALETTES[name] if name in PALETTES else name.split(",")
+        colors = colors.split(",")
     if not isinstance(colors, Iterable):
         # YAML takes what follows a # for a comment.
-        raise ValueError(f"expected a palette's name, or names and '#rrggbb' in quotes, found {colors!r}")
-    fills = []
+        raise ValueError(f"expected names of palettes or colours, and '#rrggbb' in quotes, found {colors!r}")
+    fills: list[str] = []
     for color in colors:
         value = str(color).strip().lower()
-        value = COLOR_NAMES.get(value, value)
-        if not _HEX_COLOR.fullmatch(value):
+        meant = PALETTES.get(value, (COLOR_NAMES.get(value, value),))
+        if not _HEX_COLOR.fullmatch(meant[0]):
             known = ", ".join([*PALETTES, *COLOR_NAMES])
             raise ValueError(f"expected one of {known}, or #rrggbb, found {color!r}")
-        fills.append(value)
+        fills += meant
     repeated = {fill for fill in fills if fills.count(fill) > 1}
     if repeated:
         raise ValueError(f"expected distinct fills, found {sorted(repeated)} more than once")
@@ -103,7 +102,7 @@ class ExplainSpec(StrictModel):
         grid: (h, w), rows and columns of the cell grid.
         p_mask: probability that a cell is masked, strictly between 0 and 1; 0.5 by default, and 0.1 in jobs
             of kind `reid`.
-        colors: fills of MC-RISE: a palette's name, or names and `#rrggbb` codes. The two RISE methods
+        colors: fills of MC-RISE: names of palettes and colours, `#rrggbb` codes. The two RISE methods
             have one black fill and refuse any other.
         seed: 0 to 2**64 - 1.
         estimator: `"paper"` is equation 9 to the letter. The others have the same expectation with far less
