@@ -256,8 +256,6 @@ def _list_csv(manifest: str) -> Iterator[ImageRef]:
             except csv.Error as error:
                 yield _bad_row(f"{manifest}#line={reader.line_num}", str(error))
                 continue
-            except OSError as error:
-                raise files.unreadable(error) from error
             if row:
                 values = [
                     row[column] if column is not None and column < len(row) else None for column in columns

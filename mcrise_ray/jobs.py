@@ -248,7 +248,7 @@ def _check_model(built: Built, there: dict[str, Any] | None, reid: ReidJob | Non
     """Results that are there come from this model: the file that was named may hold another one by now."""
     if reid is not None:
         reid.check(built.facts)
-    elif there is not None and not built.facts.is_model_of(there["model"]["probe"]):
+    elif there is not None and not built.facts.is_model_of(there["model"].get("probe", built.facts.probe)):
         raise StoreError(
             "expected the model that made the results in --output, found one whose answers to noise are "
             "others; take the weights of then, choose another --output, or say --overwrite"

@@ -34,7 +34,9 @@ _LIBRARIES: Final = frozenset({"torchvision", "timm", "hf", "torchreid"})  # nev
 
 _SLACK = 1e-3  # of a probability, and of a sum of probabilities
 _AGREEMENT = 0.05  # between batches of one and of two, of the largest score: int8 networks come near it
-_SAME_MODEL = 1e-2  # of a probe's norm: what devices and precisions differ by, and far less than two models
+# Of a probe's norm, by which devices may differ: TF32, a GPU's own choice, moves logits of 10 by 0.01, and so
+# probabilities by 1 %. Two models differ by far more.
+_SAME_MODEL = 5e-2
 _PROBED = 16  # outputs that are kept of those for noise
 
 
@@ -62,6 +64,14 @@ class ModelFacts:
         if len(theirs) != len(ours):
             return False
         return bool(np.linalg.norm(theirs - ours) <= _SAME_MODEL * np.linalg.norm(ours))
+
+    def check_is_model_of(self, other: ModelFacts) -> None:
+        """Raise `ModelError` where another actor of the job has another model."""
+        if not self.is_model_of(other.probe):
+            raise ModelError(
+                "expected the same model in every actor, found one whose answers to noise are others: have "
+                "its weights been changed meanwhile, or do machines hold different files?"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from mcrise_ray.bookkeeping import Bookkeeping
 from mcrise_ray.checkpoints import Checkpoints
-from mcrise_ray.errors import ModelError, StoreError
+from mcrise_ray.errors import StoreError
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.lease import Lease
 from mcrise_ray.models import ModelFacts
@@ -112,11 +112,7 @@ class Recorder:
     def built(self, built: Built) -> None:
         """See `Sink`."""
         if self._built is not None:
-            if not built.facts.is_model_of(self._built.facts.probe):
-                raise ModelError(
-                    "expected the same model in every actor, found one whose answers to noise are others: "
-                    "have its weights been changed meanwhile, or do machines hold different files?"
-                )
+            built.facts.check_is_model_of(self._built.facts)
             return
         self._check(built)
         self._built = built
@@ -218,16 +214,20 @@ class Recorder:
                 self._backlog.popleft().result()
             if state == "done":
                 self._checkpoints.clear()
-            self._end(state, more)
-        except StoreError as error:  # a disk that is too full for maps may have room for a line that says so
-            self._end("failed", {"error": str(error), **more})
+            self._write_end(state, more)
+        except StoreError as error:
+            failed = {"error": str(error), **more}
+            self._tell_end("failed", failed)
+            self._write_end("failed", failed)  # a disk that is too full for maps may have room for a line
             raise
         finally:  # nothing is being written any more when this returns, even where the store has failed
             self._writer.shutdown(cancel_futures=True)
+        self._tell_end(state, more)
 
-    def _end(self, state: str, more: dict[str, Any]) -> None:
-        """Say how the job ended."""
+    def _tell_end(self, state: str, more: dict[str, Any]) -> None:
         self._reporter.job_ended(state, {**asdict(self.counts), **more})
+
+    def _write_end(self, state: str, more: dict[str, Any]) -> None:
         self._lease.renew()  # where another driver has taken over, nothing is ours to write any more
         self._write_progress(state)
         if self._built is not None:
