@@ -53,11 +53,12 @@ _NOBODY = -1
 
 @dataclass
 class _Progress:
-    """One inspected image."""
+    """One inspected image; `is_torn` while its reduction takes something in, where Ctrl-C may come."""
 
     inspection: Inspection
     reduction: Reduction
     seconds: float
+    is_torn: bool = False
 
 
 class Ledger:
@@ -208,7 +209,7 @@ class Ledger:
         """Sums of the images in work, for an interrupted job to go on from."""
         for image, progress in self._open.items():
             state = progress.reduction.state()
-            if not state.is_empty:
+            if not (state.is_empty or progress.is_torn):
                 yield image, Saved(progress.inspection, state, progress.seconds)
 
     @property
@@ -342,7 +343,9 @@ class Ledger:
             return Failed(image, outcome)
         assert isinstance(outcome, Done)
         progress.seconds += outcome.seconds
+        progress.is_torn = True
         progress.reduction.take(task.work, outcome.result)
+        progress.is_torn = False
         if progress.reduction.explanation is None:
             self._update_available(image, progress)
             return None

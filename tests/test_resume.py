@@ -35,7 +35,7 @@ from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.lease import Lease
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.progressfile import read_progress
-from mcrise_ray.reduction import Reduction
+from mcrise_ray.reduction import Conclude, Conclusion, Reduction
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
 from mcrise_ray.tasks import Inspection, Saved, Target
@@ -161,6 +161,31 @@ def test_a_job_interrupted_again_and_again_ends_with_the_same_bytes(
             interruptions += 1
     assert interruptions == 4 * 640 // 256
     assert content(tmp_path / "out") == undisturbed
+
+
+def test_a_signal_that_comes_while_a_stage_is_passed_leaves_no_half_of_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guide of the next stage was saved with the scores of this one: the image ended in an error row."""
+    model = ModelSpec(model="blackboxes:steep_network", preprocessing={"size": (20, 24)})
+    spec = ExplainSpec(masks=2048, grid=(4, 4), estimator="importance")
+    whole = job(folder, tmp_path / "whole", explain=spec, model=model)
+    run(whole)
+    guided: list[bool] = []
+
+    def halfway(self: Reduction, work: Conclude, result: Conclusion) -> None:
+        self._guide = result.guide
+        guided.append(self._guide is not None)
+        raise KeyboardInterrupt
+
+    stopped = job(folder, tmp_path / "out", explain=spec, model=model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Reduction, "_pass_stage", halfway)
+        with pytest.raises(KeyboardInterrupt):
+            run(stopped)
+    assert guided == [True]
+    run(stopped)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_a_bug_in_the_driver_is_recorded_and_does_not_cost_what_was_done(
