@@ -359,9 +359,9 @@ def draw_figures(job: JobSpec, reporter: Reporter) -> list[str]:
 
 def _count_if_short(source: ImageSource) -> tuple[Iterator[ImageRef], int | None]:
     """The images, and how many there are where that is soon known: a job starts before its list ends."""
-    until = time.monotonic() + _COUNT_FOR
     images = iter(source)
-    first: list[ImageRef] = []
+    first = list(islice(images, 1))  # for which modules are loaded, and sources opened
+    until = time.monotonic() + _COUNT_FOR
     for image in images:
         first.append(image)
         if len(first) > _COUNTED or time.monotonic() > until:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -95,6 +96,20 @@ def test_a_job_needs_no_reporter_and_one_source_no_list(
     values = {**job(folder, tmp_path / "out").model_dump(), "images": str(folder)}
     assert mr.run_job(JobSpec(**values)).images == 3
     assert capsys.readouterr() == ("", "")
+
+
+def test_few_images_are_counted_though_the_first_takes_its_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = jobs.ImageSource.__iter__
+
+    def slowly(source: jobs.ImageSource) -> Iterator[jobs.ImageRef]:
+        time.sleep(0.6)
+        yield from listed(source)
+
+    monkeypatch.setattr(jobs.ImageSource, "__iter__", slowly)
+    images, count = jobs._count_if_short(jobs.ImageSource(str(folder)))
+    assert count == len(list(images)) == 7
 
 
 def test_every_image_ends_in_maps_or_errors(folder: Path, tmp_path: Path) -> None:
