@@ -22,8 +22,11 @@ from pydantic.fields import FieldInfo
 
 from mcrise_ray.access import refuse_secrets
 from mcrise_ray.errors import SpecError
-from mcrise_ray.jobspec import JobSpec, with_absolute_paths
+from mcrise_ray.files import is_url
+from mcrise_ray.images import IMAGE_FOLDER
+from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.preprocess import Preprocessing
+from mcrise_ray.servers import is_server
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -83,7 +86,7 @@ def parse_job(values: Mapping[str, Any], folder: str | os.PathLike[str] = ".") -
     if missing:
         raise SpecError(f"expected {' and '.join(missing)}, found none; `mcrise job init` writes an example")
     refuse_secrets(values)
-    job: JobSpec = _built(with_absolute_paths(values, Path(folder).absolute()), JobSpec, "")
+    job: JobSpec = _built(_resolved(values, Path(folder).absolute()), JobSpec, "")
     return job
 
 
@@ -206,7 +209,64 @@ def _built(values: Mapping[str, Any], model: type[BaseModel], prefix: str) -> An
 def _is_given(values: Mapping[str, Any], path: str) -> bool:
     name, _, rest = path.partition(".")
     value = values.get(name)
-    return _is_given(value, rest) if rest and isinstance(value, Mapping) else value not in (None, "")
+    return _is_given(value, rest) if rest and isinstance(value, Mapping) else value is not None
+
+
+def _resolved(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The same with every path made absolute."""
+    done = dict(values)
+    model = dict(done["model"])
+    for name in ("weights", "classes"):
+        if isinstance(model.get(name), str):
+            model[name] = _absolute(model[name], folder)
+    if isinstance(model.get("model"), str):
+        model["model"] = _absolute_model(model["model"], folder)
+    if isinstance(done["images"], str):
+        done["images"] = [done["images"]]
+    if isinstance(done["images"], list | tuple):
+        done["images"] = [
+            _absolute_images(source, folder) if isinstance(source, str) else source
+            for source in done["images"]
+        ]
+    if isinstance(done["output"], str):
+        done["output"] = _absolute(done["output"], folder)
+    if isinstance(done.get("reid"), Mapping):
+        done["reid"] = _resolved_reid(done["reid"], folder)
+    return {**done, "model": model}
+
+
+def _resolved_reid(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    done = dict(values)
+    for name in ("gallery_store", "pairs"):
+        if isinstance(done.get(name), str):
+            done[name] = _absolute(done[name], folder)
+    sources = done.get("gallery")
+    if isinstance(sources, str | list | tuple):
+        listed = [sources] if isinstance(sources, str) else sources
+        done["gallery"] = [_absolute_images(s, folder) if isinstance(s, str) else s for s in listed]
+    return done
+
+
+def _absolute(location: str, folder: Path) -> str:
+    return location if is_url(location) else os.path.normpath(folder / os.path.expanduser(location))
+
+
+def _absolute_images(source: str, folder: Path) -> str:
+    if source.startswith(IMAGE_FOLDER):
+        return IMAGE_FOLDER + _absolute(source.removeprefix(IMAGE_FOLDER), folder)
+    if source.startswith("torchvision:"):
+        return re.sub(r"([?&]root=)([^&]*)", lambda m: m[1] + _absolute(m[2], folder), source)
+    return _absolute(source, folder)
+
+
+def _absolute_model(model: str, folder: Path) -> str:
+    name, mark, options = model.partition("?")
+    if name.endswith((".pt2", ".onnx")) and not is_server(model):
+        return _absolute(name, folder) + mark + options
+    local = folder / name.removeprefix("hf:")
+    if name.startswith("hf:") and local.is_dir():
+        return f"hf:{os.path.normpath(local)}"
+    return model
 
 
 def _example(model: type[BaseModel], prefix: str, depth: int) -> Iterator[str]:

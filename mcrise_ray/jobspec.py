@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.errors import SpecError
-from mcrise_ray.files import is_url
-from mcrise_ray.images import IMAGE_FOLDER
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.reid import P_MASK
 from mcrise_ray.reidspec import ReidSpec, Sources
-from mcrise_ray.servers import is_server
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.targets import TargetChoice
 from mcrise_ray.tuning import BatchSizeChoice, PrecisionChoice
@@ -90,7 +83,7 @@ class JobSpec(StrictModel):
 
     images: Sources
     model: ModelSpec
-    output: str = Field(min_length=1)
+    output: str
     kind: Literal["explain", "reid"] = "explain"
     targets: TargetChoice = _PREDICTED
     reid: ReidSpec | None = None
@@ -178,16 +171,11 @@ class JobSpec(StrictModel):
     def identity(self) -> dict[str, Any]:
         """The settings that decide the results: two runs that share them may share one output.
 
-        Threads belong to them, because a sum's rounding depends on how it is split; and where relative paths
-        start, because the same names are other images in another folder: as seen from the output, so that
-        both may be moved together.
+        Threads belong to them, because a sum's rounding depends on how it is split.
         """
         content = {
             name: value for name, value in self.model_dump(mode="json").items() if name not in _FREE_TO_CHANGE
         }
-        if with_absolute_paths(content, Path.cwd()) != content:
-            here = os.getcwd()
-            content["working_folder"] = here if is_url(self.output) else os.path.relpath(here, self.output)
         if self.actors == 0:
             content["cpus_per_actor"] = None  # this process takes torch's own choice
         return content
@@ -217,60 +205,3 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
-
-
-def with_absolute_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A mapping as in a job file, with every path that starts at a folder made absolute."""
-    done = dict(values)
-    model = dict(done["model"])
-    for name in ("weights", "classes"):
-        if isinstance(model.get(name), str):
-            model[name] = _absolute(model[name], folder)
-    if isinstance(model.get("model"), str):
-        model["model"] = _absolute_model(model["model"], folder)
-    if isinstance(done["images"], str):
-        done["images"] = [done["images"]]
-    if isinstance(done["images"], list | tuple):
-        done["images"] = [
-            _absolute_images(source, folder) if isinstance(source, str) else source
-            for source in done["images"]
-        ]
-    if isinstance(done.get("output"), str):
-        done["output"] = _absolute(done["output"], folder)
-    if isinstance(done.get("reid"), Mapping):
-        done["reid"] = _resolved_reid(done["reid"], folder)
-    return {**done, "model": model}
-
-
-def _resolved_reid(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    done = dict(values)
-    for name in ("gallery_store", "pairs"):
-        if isinstance(done.get(name), str):
-            done[name] = _absolute(done[name], folder)
-    sources = done.get("gallery")
-    if isinstance(sources, str | list | tuple):
-        listed = [sources] if isinstance(sources, str) else sources
-        done["gallery"] = [_absolute_images(s, folder) if isinstance(s, str) else s for s in listed]
-    return done
-
-
-def _absolute(location: str, folder: Path) -> str:
-    return location if is_url(location) else os.path.normpath(folder / os.path.expanduser(location))
-
-
-def _absolute_images(source: str, folder: Path) -> str:
-    if source.startswith(IMAGE_FOLDER):
-        return IMAGE_FOLDER + _absolute(source.removeprefix(IMAGE_FOLDER), folder)
-    if source.startswith("torchvision:"):
-        return re.sub(r"([?&]root=)([^&]*)", lambda m: m[1] + _absolute(m[2], folder), source)
-    return _absolute(source, folder)
-
-
-def _absolute_model(model: str, folder: Path) -> str:
-    name, mark, options = model.partition("?")
-    if name.endswith((".pt2", ".onnx")) and not is_server(model):
-        return _absolute(name, folder) + mark + options
-    local = folder / name.removeprefix("hf:")
-    if name.startswith("hf:") and local.is_dir():
-        return f"hf:{os.path.normpath(local)}"
-    return model

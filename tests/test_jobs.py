@@ -369,24 +369,6 @@ def test_results_of_another_job_are_not_overwritten(folder: Path, tmp_path: Path
         run_job(other, Silent())
 
 
-def test_the_same_names_in_another_folder_are_another_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (30, 40), (200, 50, ord(name))).save(tmp_path / name / "x.png")
-    monkeypatch.chdir(tmp_path / "a")
-    run_job(job(Path("x.png"), tmp_path / "out"), Silent())
-    run_job(job(Path("x.png"), Path("here")), Silent())
-    monkeypatch.chdir(tmp_path / "b")
-    for output in (tmp_path / "out", Path("../out")):
-        with pytest.raises(errors.StoreError, match=r"working_folder: \.\./a there, \.\./b asked"):
-            run_job(job(Path("x.png"), output), Silent())
-    (tmp_path / "a").rename(tmp_path / "moved")
-    monkeypatch.chdir(tmp_path / "moved")
-    assert run_job(job(Path("x.png"), Path("here").absolute()), Silent()).masks == 0
-
-
 def test_a_finished_job_submitted_again_does_nothing(folder: Path, tmp_path: Path) -> None:
     first = run_job(job(folder, tmp_path / "out"), Silent())
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
@@ -727,7 +709,6 @@ def test_an_error_that_is_not_reached_is_told(folder: Path, tmp_path: Path) -> N
         (("--model", "resnet50"), "expected --model torchvision:NAME"),
         (("--weights", "none.safetensors"), "check --weights"),
         (("--mean", "1,2"), "--mean: expected three numbers"),
-        (("--output", ""), "output: String should have at least 1 character"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_knob(
