@@ -209,7 +209,7 @@ def _built(values: Mapping[str, Any], model: type[BaseModel], prefix: str) -> An
 def _is_given(values: Mapping[str, Any], path: str) -> bool:
     name, _, rest = path.partition(".")
     value = values.get(name)
-    return _is_given(value, rest) if rest and isinstance(value, Mapping) else value is not None
+    return _is_given(value, rest) if rest and isinstance(value, Mapping) else value not in (None, "")
 
 
 def _resolved(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class JobSpec(StrictModel):
 
     images: Sources
     model: ModelSpec
-    output: str
+    output: str = Field(min_length=1)
     kind: Literal["explain", "reid"] = "explain"
     targets: TargetChoice = _PREDICTED
     reid: ReidSpec | None = None

@@ -203,6 +203,8 @@ def test_models_that_are_files_start_there_too(tmp_path: Path, model: str, found
         ({"model": "torchvision:resnet18"}, r"model: expected keys such as model, found 'torchvision"),
         ({"explain": {"p_mask": 1.5}}, r"^explain\.p_mask: expected a probability"),
         ({"output": None}, r"expected output, found none; .*job init"),
+        ({"output": ""}, r"expected output, found none; .*job init"),
+        ({"images": ""}, r"expected images, found none; .*job init"),
         ({"images": 3}, r"images: .*found 3"),
         ({"model": {"weights": "w"}}, r"expected model\.model, found none"),
     ],

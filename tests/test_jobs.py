@@ -709,6 +709,7 @@ def test_an_error_that_is_not_reached_is_told(folder: Path, tmp_path: Path) -> N
         (("--model", "resnet50"), "expected --model torchvision:NAME"),
         (("--weights", "none.safetensors"), "check --weights"),
         (("--mean", "1,2"), "--mean: expected three numbers"),
+        (("--output", ""), "output: String should have at least 1 character"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_knob(
