@@ -119,20 +119,22 @@ def read_pairs(location: str) -> dict[str, list[str]]:
         raise ImageError(f"{files.shown(location)}: {error}; check --pairs") from error
     with opened as file:
         reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""))
-        header = [name.strip().lower() for name in next(reader, [])]
-        if header[:2] != ["query", "match"]:
-            raise ImageError(
-                f"{location}: expected a first line with the columns query,match, found {header}"
-            )
-        pairs: dict[str, list[str]] = {}
-        for row in filter(None, reader):
-            if len(row) < 2 or not row[0] or not row[1]:
-                raise ImageError(
-                    f"{location}#line={reader.line_num}: expected a query and a match, found {row}"
-                )
-            query, match = map(files.printable, row[:2])
-            pairs.setdefault(query, []).append(match)
-        return pairs
+        try:
+            lines = [(reader.line_num, row) for row in reader]
+        except (csv.Error, OSError) as error:
+            raise ImageError(f"{location}#line={reader.line_num}: {error}; check --pairs") from error
+    header = [name.strip().lower() for name in lines[0][1]] if lines else []
+    if header[:2] != ["query", "match"]:
+        raise ImageError(f"{location}: expected a first line with the columns query,match, found {header}")
+    pairs: dict[str, list[str]] = {}
+    for number, row in lines[1:]:
+        if not row:
+            continue
+        if len(row) < 2 or not row[0] or not row[1]:
+            raise ImageError(f"{location}#line={number}: expected a query and a match, found {row}")
+        query, match = map(files.printable, row[:2])
+        pairs.setdefault(query, []).append(match)
+    return pairs
 
 
 def _chunk(refs: Sequence[ImageRef], digests: Sequence[bytes]) -> Chunk:

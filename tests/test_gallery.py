@@ -317,6 +317,9 @@ def test_named_pairs(tmp_path: Path) -> None:
         ImageError, match=r"pairs.csv#line=2: expected a query and a match, found \['q1.png'\]"
     ):
         read_pairs(str(pairs))
+    pairs.write_text('query,match\n"q1.png,a.png\n' + "q2.png,b.png\n" * 20_000)  # of quotes that never end
+    with pytest.raises(ImageError, match=r"pairs.csv#line=\d+: field larger than .*; check --pairs"):
+        read_pairs(str(pairs))
     pairs.write_text("a,b\n")
     with pytest.raises(ImageError, match="expected a first line with the columns query,match, found"):
         read_pairs(str(pairs))
