@@ -233,8 +233,11 @@ def apply(model: AnyModel, execution: Execution) -> AnyModel:
             network.to(memory_format=torch.channels_last)
         ready = adapted(model, network, precision, execution.batch_size)
         # It compiles at the first call, for tensors of just the kind that a `Blender` makes.
-        blank = torch.zeros(execution.batch_size, 3, *model.preprocessing.size, device=model.device)
-        ask(ready.input_space().function, blank.contiguous(memory_format=layout_of(precision)))
+        # No blank ones: a network that divides by an image's own spread would return NaN for them.
+        height, width = model.preprocessing.size
+        ramp = torch.linspace(-1, 1, 3 * height * width, device=model.device).view(3, height, width)
+        images = ramp.expand(execution.batch_size, -1, -1, -1)
+        ask(ready.input_space().function, images.clone(memory_format=layout_of(precision)))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

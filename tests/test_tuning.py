@@ -367,6 +367,17 @@ def test_a_plan_that_this_machine_cannot_follow_is_an_error() -> None:
         apply(foreign, execution)
 
 
+def test_a_network_that_divides_by_the_spread_of_an_image_is_asked_as_the_plan_says() -> None:
+    class Standardized(Scripted):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images / images.std(dim=(1, 2, 3), keepdim=True))
+
+    for name in ("channels_last", "bfloat16"):
+        execution = Execution(batch_size=8, threads=1, precision=Precision.named(name))
+        model = apply(model_of(Standardized()), execution)
+        assert np.isfinite(scores(model, masked(model, 8))).all()
+
+
 def test_applying_float32_changes_nothing_but_the_threads() -> None:
     model = model_of(Scripted())
     assert apply(model, Execution(batch_size=8, threads=1)) is model
