@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice, zip_longest
 from typing import Any
 
@@ -150,6 +150,8 @@ def run_job(
         reporter.start(count, each, len(committed) - of_gallery)
         execution = (None if overwrite else _execution(store)) or _chosen(job)
         setup = _setup(job, count, first)
+        if execution is not None:  # sessions of ONNX Runtime take their threads while the model is built
+            setup = replace(setup, threads=execution.threads)
         work = (
             chain([first], left) if job.reid is None else ReidJob(job, committed, reporter.note, retry_errors)
         )

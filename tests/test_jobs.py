@@ -28,9 +28,10 @@ from reporting import Silent
 from typer.testing import CliRunner
 
 import mcrise_ray as mr
-from mcrise_ray import cluster, errors, jobs, render
+from mcrise_ray import cluster, errors, jobs, render, worker
 from mcrise_ray.cli import app
 from mcrise_ray.cluster import RayExecutor
+from mcrise_ray.explained import load_explained
 from mcrise_ray.guide import Guide
 from mcrise_ray.jobs import draw_figures, run_job
 from mcrise_ray.jobspec import JobSpec
@@ -264,6 +265,29 @@ def test_actors_keep_the_memory_that_they_free(local_ray: None, folder: Path, tm
     alone = job(folder / "deep" / "er", tmp_path / "out", model=model, targets=(0,), actors=1)
     summary = run_job(alone, Silent())
     assert (summary.images, summary.errors) == (1, 0)
+
+
+def test_a_resumed_job_builds_its_model_with_the_threads_of_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions of ONNX Runtime are opened for as many."""
+    built_with: list[int] = []
+
+    def load(*given: object) -> object:
+        built_with.append(torch.get_num_threads())
+        return load_explained(*given)
+
+    monkeypatch.setattr(worker, "load_explained", load)
+    images = folder / "deep"
+    try:
+        torch.set_num_threads(2)
+        run_job(job(images, tmp_path / "out"), Silent())
+        torch.set_num_threads(1)
+        Image.new("RGB", (30, 40)).save(images / "d.png")
+        run_job(job(images, tmp_path / "out"), Silent())
+    finally:
+        torch.set_num_threads(1)
+    assert built_with == [2, 2]
 
 
 def test_a_model_that_cannot_be_built_stops_the_job_with_its_own_error(
