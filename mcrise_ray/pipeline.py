@@ -83,7 +83,9 @@ class _Launched:
         also = self.asked.also
         if also is None:
             also = tuple(range(scores.shape[1] if scores.shape[1] <= _MOST_CLASSES else 0))
-        return scores[:, [*targets, *also]]
+        # Sums of arrays that lie otherwise have other last bits, and how they lie does not outlive being sent
+        # or saved in part.
+        return np.ascontiguousarray(scores[:, [*targets, *also]])
 
 
 def _launched(

@@ -327,7 +327,10 @@ class Reduction:
                 *range(first),
                 *(first + rival for rival in (self._guide.rivals if self._guide else ())),
             ]
-            self._scores = {index: scores_of(scored)[:, wanted] for index, scored in self._scores.items()}
+            self._scores = {
+                index: np.ascontiguousarray(scores_of(scored)[:, wanted])
+                for index, scored in self._scores.items()
+            }
         if self._guide is None:
             self._stages, self._stage = (), 1
             self._pilot = self._pilot_count()

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import blackboxes
 import numpy as np
@@ -612,3 +612,29 @@ def test_an_image_goes_on_from_what_is_kept_to_the_bit(
     np.testing.assert_array_equal(reduction.explanation.standard_error, straight.explanation.standard_error)
     there.delete("a/b.png")
     assert Checkpoints(Store(str(tmp_path))).take("a/b.png") is None
+
+
+@pytest.mark.parametrize("estimator", ["paper", "control-variate", "importance"])
+def test_sums_do_not_depend_on_which_of_their_scores_were_saved_or_sent(
+    rng: np.random.Generator, estimator: Literal["paper", "control-variate", "importance"]
+) -> None:
+    """An array of columns, of which a part is saved, is pickled as one of rows: other last bits."""
+    spec = ExplainSpec(masks=2048, grid=(4, 4), estimator=estimator)
+    image = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    model = mr.load_model("blackboxes:steep_network", preprocessing={"size": (20, 24)})
+    subject = Subject(model, image, spec)
+    reduction = Reduction(spec, (0, 1, 2), subject.scores()[:3], subject.size)
+    looked_at: set[str] = set()
+    while reduction.explanation is None:
+        for work, result in perform(subject, reduction.works(), (0, 1, 2), 64):
+            reduction.take(work, result)
+        state = reduction.state()
+        for part in (*state.scores, state.total, state.fit, state.guide):
+            for name, value in (
+                {"scores": part} if isinstance(part, np.ndarray) else getattr(part, "__dict__", {})
+            ).items():
+                if isinstance(value, np.ndarray):
+                    assert value.flags.c_contiguous, name
+                    looked_at.add(name)
+    assert "scores" in looked_at
+    assert ("weights" in looked_at) == (estimator == "importance")
