@@ -140,19 +140,18 @@ def dies_once(flag: str) -> nn.Module:
 
 
 class Sparing(nn.Module):
-    """Channel means, with a large block of memory, for which new pages may come only in the first calls."""
+    """Channel means, with a large block of memory, for which new pages must not come in every call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.new_pages: list[int] = []
 
     def forward(self, images: Tensor) -> Tensor:
-        self.calls += 1
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(2**25)
-        new_pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        if self.calls > 4 and new_pages > 100:
-            raise RuntimeError(f"{new_pages} new pages")
+        self.new_pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        if len(self.new_pages) > 6 and min(self.new_pages) > 1000:
+            raise RuntimeError(f"new pages in every call: {self.new_pages}")
         return 4 * images.mean(dim=(2, 3))
 
 
