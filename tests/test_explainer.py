@@ -140,7 +140,7 @@ def test_progress_counts_every_mask() -> None:
         ({"colors": "mauve"}, "colors: expected one of paper5.*found 'mauve'"),
         ({"colors": ["red", "#ff0000"]}, "colors: expected distinct fills"),
         ({"colors": []}, "colors: expected 1 to 255 fills"),
-        ({"colors": None}, "colors: expected a palette's name, or .* in quotes, found None"),
+        ({"colors": None}, "colors: expected names of palettes or colours, .* in quotes, found None"),
         ({"method": ["rise"]}, r"method: .*found \['rise'\]"),
         ({"method": "rise", "colors": "paper5"}, "rise masks with black alone"),
         ({"method": "lime"}, "method: .*found 'lime'"),
