@@ -247,7 +247,7 @@ def committed_of(job: JobSpec, store: Store) -> Committed:
 
 
 def _check_model(built: Built, there: dict[str, Any] | None, reid: ReidJob | None) -> None:
-    """Results that are there come from this model: the file that was named may hold another one by now."""
+    """Results that are there, unless older than probes, come from this model: its file may hold another."""
     if reid is not None:
         reid.check(built.facts)
     elif there is not None and not built.facts.is_model_of(there["model"].get("probe", built.facts.probe)):

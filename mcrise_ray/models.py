@@ -34,9 +34,7 @@ _LIBRARIES: Final = frozenset({"torchvision", "timm", "hf", "torchreid"})  # nev
 
 _SLACK = 1e-3  # of a probability, and of a sum of probabilities
 _AGREEMENT = 0.05  # between batches of one and of two, of the largest score: int8 networks come near it
-# Of a probe's norm, by which devices may differ: TF32, a GPU's own choice, moves logits of 10 by 0.01, and so
-# probabilities by 1 %. Two models differ by far more.
-_SAME_MODEL = 5e-2
+_SAME_MODEL = 1e-2  # of a probe's norm: what devices and precisions differ by, and far less than two models
 _PROBED = 16  # outputs that are kept of those for noise
 
 

@@ -253,22 +253,6 @@ def test_parquet_without_images_is_refused(tmp_path: Path) -> None:
         ImageSource(str(tmp_path / "a.parquet"))
 
 
-def test_a_manifest_that_can_be_read_no_further_is_a_problem(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Failing(io.BytesIO):
-        def read1(self, size: int | None = -1) -> bytes:
-            if self.tell() == len(self.getvalue()):
-                raise OSError("AWS Error NETWORK_CONNECTION")
-            return super().read1(size)
-
-    (tmp_path / "a.csv").touch()
-    monkeypatch.setattr(files, "open_seekable", lambda location: Failing(b"uri\na.png\n"))
-    first, problem = ImageSource(str(tmp_path / "a.csv"))
-    assert first.image_id == "a.png"
-    assert "a.csv: cannot read it: AWS Error NETWORK_CONNECTION" in (problem.problem or "")
-
-
 def test_a_bad_row_of_a_manifest_is_one_problem(tmp_path: Path) -> None:
     manifest = tmp_path / "list.csv"
     rows = [

@@ -355,6 +355,19 @@ def test_results_of_a_model_that_has_changed_are_not_gone_on_with(
     assert content(tmp_path / "out") != undisturbed
 
 
+def test_results_from_before_models_were_recognised_are_gone_on_with(
+    folder: Path, tmp_path: Path, undisturbed: dict[tuple[str, int], bytes]
+) -> None:
+    spec = job(folder, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, Interrupting(1000))
+    told = json.loads((tmp_path / "out/job.json").read_text())
+    del told["model"]["probe"]
+    (tmp_path / "out/job.json").write_text(json.dumps(told))
+    assert run(spec).earlier == 1
+    assert content(tmp_path / "out") == undisturbed
+
+
 def test_a_model_that_changes_under_its_job_stops_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[tuple[str, int], bytes]
 ) -> None:
