@@ -20,7 +20,7 @@ from mcrise_ray.tasks import Inspection, Saved, Target
 from mcrise_ray.variates import Fit
 
 _FOLDER, _SUFFIX = "partial", ".npz"
-_VERSION = 9  # to be raised when `plan` or what is learnt changes: sums of two versions do not fit together
+_VERSION = 10  # to be raised when `plan` or what is learnt changes: sums of two versions do not fit together
 Part = TypeVar("Part", Partial, Fit, Guide, Masks)
 
 

@@ -151,9 +151,16 @@ def sampled(
     count, h, w = masks.cells.shape
     shifts = torch.from_numpy(masks.shifts(size))
     low = torch.nn.functional.embedding(torch.from_numpy(masks.cells).int(), values)
-    wide = torch.bmm(low.transpose(2, 3).reshape(count, -1, w), columns[shifts[:, 1]].mT)
-    up = torch.bmm(rows[shifts[:, 0]], wide.view(count, h, -1))
-    return up.view(count, rows.shape[1], values.shape[1], columns.shape[1])
+    rows, columns = rows[shifts[:, 0]], columns[shifts[:, 1]].mT
+    images, wanted = values.shape[1], rows.shape[1]
+    # Images of many fills are large: they are rearranged after the axis that makes them smaller.
+    if wanted < h:
+        high = torch.bmm(rows, low.view(count, h, -1)).view(count, wanted, w, images)
+        up = torch.bmm(high.transpose(2, 3).reshape(count, -1, w), columns)
+    else:
+        wide = torch.bmm(low.transpose(2, 3).reshape(count, -1, w), columns)
+        up = torch.bmm(rows, wide.view(count, h, -1))
+    return up.view(count, wanted, images, columns.shape[2])
 
 
 def stretched(
