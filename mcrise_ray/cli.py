@@ -147,9 +147,17 @@ def _run(
         settings["actors"] = actor_count(actors) if isinstance(actors, str) else actors
         settings["label_selector"] = dict(label(one) for one in settings.get("label_selector") or ())
         job = _job_spec(options, settings)
-        if address is not None:  # actors of a cluster work in folders of their own
+        # Actors of a cluster work in folders of their own; and to an output that other folders reach by the
+        # same name, a relative name would be the same image from all of them.
+        if address is not None or _is_reached_from_elsewhere(job.output):
             job = parse_job(job.model_dump(mode="json"))
         _run_and_report(job, options.log, options.overwrite, options.retry_errors, address, insecure)
+
+
+def _is_reached_from_elsewhere(output: str) -> bool:
+    from mcrise_ray.files import is_url
+
+    return is_url(output) or Path(output).expanduser().is_absolute() or ".." in Path(output).parts
 
 
 def _check_kept(overwrite: bool, **kept: bool) -> None:

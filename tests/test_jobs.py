@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -700,6 +701,20 @@ def test_explain_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert "1 images explained, 0 errors, 1 maps, 64 masks" in done.stdout
     assert "figures: out/figures/" in done.stdout
     assert json.loads((tmp_path / "out/job.json").read_text())["state"] == "done"
+
+
+def test_an_image_of_the_same_name_in_another_folder_is_another(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for number, output in enumerate((tmp_path / "out", "../out"), start=1):
+        here = tmp_path / str(number)
+        here.mkdir()
+        shutil.copy(folder / "a.png", here / "x.png")
+        monkeypatch.chdir(here)
+        ends.append(mcrise("explain", "x.png", *COMMON, "--target", "2", "--output", output))
+    assert [end.exit_code for end in ends] == [0, 2], ends[1].output
+    assert f"images: ['{tmp_path}/1/x.png'] there, ['{tmp_path}/2/x.png'] asked" in ends[1].output
 
 
 def test_an_error_that_is_not_reached_is_told(folder: Path, tmp_path: Path) -> None:
