@@ -127,21 +127,22 @@ def prepare(bench: BenchSpec) -> Case:
     return Case(bench, plain, settled.model, settled.execution, prepared, target)
 
 
-def report(case: Case, output: str | None = None) -> Iterator[str]:
+def report(bench: BenchSpec, output: str | None = None) -> Iterator[str]:
     """The lines of a table, and a JSON file, as the ratios come.
 
     Raises:
-        StoreError: the file cannot be written, which shows before anything is measured.
+        StoreError: the file cannot be written, which shows before anything is loaded or measured.
     """
-    execution, price = case.execution, case.bench.price_per_hour
     ratios: list[dict[str, Any]] = []
-    _write(output, case, ratios)
-    yield f"{case.bench.model.model}, {case.spec.masks} masks: {execution}"
+    _write(output, bench, None, ratios)
+    case = prepare(bench)
+    execution, price = case.execution, bench.price_per_hour
+    yield f"{bench.model.model}, {case.spec.masks} masks: {execution}"
     yield from (f"  {note}" for note in execution.precision.notes)
     yield f"{'A / B, in turn':<44} {'median':>8}  (range), median seconds of A / of B"
     for ratio in measure(case):
         ratios.append(asdict(ratio))
-        _write(output, case, ratios)
+        _write(output, bench, execution, ratios)
         yield str(ratio)
         if ratio.name == OVERHEAD:
             yield f"  {cost(case.spec.masks / ratio.first, price)}"
@@ -149,12 +150,14 @@ def report(case: Case, output: str | None = None) -> Iterator[str]:
                 yield f"  of {case.spec.masks} masks none are picked; --masks {IMAGE_MASKS} measures that too"
 
 
-def _write(output: str | None, case: Case, ratios: Sequence[dict[str, Any]]) -> None:
+def _write(
+    output: str | None, bench: BenchSpec, execution: Execution | None, ratios: Sequence[dict[str, Any]]
+) -> None:
     if output is None:
         return
     content = {
-        "bench": case.bench.model_dump(mode="json"),
-        "execution": case.execution.model_dump(mode="json"),
+        "bench": bench.model_dump(mode="json"),
+        "execution": execution and execution.model_dump(mode="json"),
         "ratios": ratios,
     }
     try:

@@ -48,7 +48,7 @@ def bench(
 ) -> None:
     """Measure speed as ratios of two things run in turn: the bare model, published RISE, xaitk, ours."""
     with one_line_errors():
-        from mcrise_ray.bench import BenchSpec, prepare, report
+        from mcrise_ray.bench import BenchSpec, report
         from mcrise_ray.loading import ModelSpec
         from mcrise_ray.spec import ExplainSpec
 
@@ -78,5 +78,5 @@ def bench(
             "price_per_hour": price_per_hour,
             **({"parts": only} if only else {}),
         }
-        for line in report(prepare(BenchSpec(**asked)), output):
+        for line in report(BenchSpec(**asked), output):
             print(line, flush=True)

@@ -120,10 +120,10 @@ def test_the_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
     assert BenchSpec(**written["bench"]).explain.masks == 64
 
 
-def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "measure", lambda case: pytest.fail("measured"))
+    monkeypatch.setattr(bench, "prepare", lambda asked: pytest.fail("loaded"))
     arguments = "bench --model blackboxes:small_network --size 20x24 -n 64 --precision float32"
     nowhere = str(tmp_path / "none" / "ratios.json")
     result = CliRunner().invoke(app, [*arguments.split(), "--batch-size", "16", "-o", nowhere])
