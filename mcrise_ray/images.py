@@ -249,23 +249,23 @@ def _list_csv(manifest: str) -> Iterator[ImageRef]:
         reader = _csv_reader(file)
         columns = _csv_columns(reader)
         while True:
+            where = f"{manifest}#line={reader.line_num + 1}"
             try:
                 row = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield _bad_row(f"{manifest}#line={reader.line_num}", str(error))
+                yield _bad_row(where, f"{error}; the row ends in line {reader.line_num}")
                 continue
             if row:
-                values = [
-                    row[column] if column is not None and column < len(row) else None for column in columns
-                ]
-                yield _manifest_ref(f"{manifest}#line={reader.line_num}", base, *values)
+                values = [row[at] if at is not None and at < len(row) else None for at in columns]
+                yield _manifest_ref(where, base, *values)
 
 
 def _csv_reader(file: Any) -> Any:
-    # Names that are no UTF-8 survive, as they do in a folder.
-    return csv.reader(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""))
+    # Names that are no UTF-8 survive, as they do in a folder. A quote that never ends would take in the rows
+    # behind it, and nobody would miss them.
+    return csv.reader(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""), strict=True)
 
 
 def _csv_columns(reader: Any) -> list[int | None]:

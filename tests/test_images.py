@@ -283,6 +283,15 @@ def test_a_bad_row_of_a_manifest_is_one_problem(tmp_path: Path) -> None:
     assert "field larger than field limit" in problems[2]
 
 
+def test_a_quote_that_never_ends_hides_no_rows(tmp_path: Path) -> None:
+    manifest = tmp_path / "list.csv"
+    manifest.write_text('uri,label\na.png,1\nb.png,"2" \nc.png,"3\nd.png,4\ne.png,5\n')
+    first, closed, open_quote = ImageSource(str(manifest))
+    assert (first.image_id, first.problem) == ("a.png", None)
+    assert closed.problem == f"{manifest}#line=3: ',' expected after '\"'; the row ends in line 3"
+    assert open_quote.problem == f"{manifest}#line=4: unexpected end of data; the row ends in line 6"
+
+
 def test_rows_of_a_parquet_manifest(tmp_path: Path) -> None:
     table = pa.table(
         {"uri": ["a.png", None, "", "b.png", "/c.png"], "label": [1.0, 2.0, 3.0, 0.5, float("nan")]}
