@@ -125,9 +125,7 @@ def run_job(
             committed = committed.without_errors()
         left = (image for image in images if image.image_id not in committed)
         first = next(left, None)
-        if first is None and job.reid is not None and (trying_again or not _is_done(store)):
-            first = next(iter(ImageSource(job.images)))  # the rest of the job is left
-        if first is None:
+        if first is None and _is_done(store) and not trying_again:
             reporter.note(f"all {len(committed)} images are done already in {job.output}")
             if job.reid is not None:
                 tell_changes(job, None, reporter.note)
@@ -149,11 +147,12 @@ def run_job(
         of_gallery = sum(name.startswith(f"{GALLERY}:") for name in committed.failed) if job.reid else 0
         reporter.start(count, each, len(committed) - of_gallery)
         execution = (None if overwrite else _execution(store)) or _chosen(job)
-        setup = _setup(job, count, first)
+        setup = _setup(job, count, first or next(iter(source)))  # what is left may be no image
         if execution is not None:  # sessions of ONNX Runtime take their threads while the model is built
             setup = replace(setup, threads=execution.threads)
+        begun = [] if first is None else [first]
         work = (
-            chain([first], left) if job.reid is None else ReidJob(job, committed, reporter.note, retry_errors)
+            chain(begun, left) if job.reid is None else ReidJob(job, committed, reporter.note, retry_errors)
         )
         if job.actors == 0:
             alone = InProcess(Worker(setup), execution)

@@ -150,6 +150,28 @@ def test_errors_are_tried_again_where_that_is_asked_for(folder: Path, tmp_path: 
     assert results.job["counts"] | {"masks": 0} == asdict(jobs.Counts(images=4, errors=3, rows=8, earlier=3))
 
 
+def test_errors_of_images_that_are_no_more_are_gone_once_they_are_tried_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    run_job(job(folder, output), Silent())
+    for name in ("cut.jpg", "text.png", "empty.png", "gone.png"):
+        (folder / name).unlink()
+    assert run_job(job(folder, output), Silent(), retry_errors=True).errors == 0
+    results = mr.read_results(str(output))
+    assert (results.errors, results.job["state"], results.job["counts"]["errors"]) == ([], "done", 0)
+    assert run_job(job(folder, output), Silent()).errors == 0
+
+
+def test_a_job_whose_last_words_were_lost_is_done_in_the_end(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run_job(job(folder, output), Silent())
+    content = json.loads((output / "job.json").read_text())
+    (output / "job.json").write_text(json.dumps({**content, "state": "running"}))
+    assert run_job(job(folder, output), Silent()).earlier == 7
+    assert mr.read_results(str(output)).job["state"] == "done"
+
+
 def test_errors_stay_where_the_model_cannot_be_built(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
