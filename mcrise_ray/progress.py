@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from mcrise_ray.errors import SpecError
+from mcrise_ray.files import shown
 
 LOG_VARIABLE: Final = "MCRISE_LOG"
 """The environment variable that chooses how a job logs: `plain` or `json`."""
@@ -232,7 +233,7 @@ class _Tracking(ABC):
             self._pace.gallery_failed += 1
         else:
             self._pace.failed += 1
-        text = message if f"{image_id}:" in message else f"{image_id}: {message}"
+        text = message if f"{shown(image_id)}:" in message else f"{image_id}: {message}"
         self.tell("error_row", f"error: {text}", "error", image_id=image_id, stage=stage)
         self._show()
 
@@ -291,9 +292,9 @@ class ConsoleReporter(_Tracking):
         self._bar: Progress | None = None
 
     def tell(self, event: str, text: str | None = None, level: str = "info", **facts: Any) -> None:
-        """Print the text; what has none is said elsewhere, by the bar or by who runs the job."""
+        """Print the text on one line; what has none is said elsewhere, by the bar or by who runs the job."""
         if text is not None:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(shown(text), highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leave the console in order."""

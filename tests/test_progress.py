@@ -78,6 +78,8 @@ def test_a_log_has_plain_lines_every_few_seconds(clock: Clock) -> None:
         ("a.png", "/data/a.png: damaged", "error: /data/a.png: damaged"),
         ("a.png", "expected a label", "error: a.png: expected a label"),
         ("4", "expected a target from 0 to 42", "error: 4: expected a target from 0 to 42"),
+        ("a\n\x1b[2J.png", r"/data/a\n\x1b[2J.png: damaged", r"error: /data/a\n\x1b[2J.png: damaged"),
+        ("a\nb.png", "expected a label", r"error: a\nb.png: expected a label"),
     ],
 )
 def test_errors_name_their_image_once(clock: Clock, image_id: str, message: str, told: str) -> None:
