@@ -22,6 +22,9 @@ from mcrise_ray.errors import ImageError
 
 SCHEMES: Final = ("s3", "gs", "hdfs", "file")
 
+LOCK: Final = "lock.json"
+"""In the output of every job, by which others know it too; see `mcrise_ray.lease`."""
+
 _SORTED_UP_TO = 100_000  # names of one folder held in memory to sort them
 _BUFFER = 1 << 20  # bytes per request to an object store
 
@@ -119,8 +122,9 @@ def walk(folder: str) -> Iterator[tuple[str, str, str | None]]:
     """`(path below the folder, location, problem)` of every file below it, one folder in memory at a time.
 
     In sorted order, links to folders followed; a local folder of over 100,000 entries is not sorted to its
-    end, because that would need them all in memory. A folder that cannot be listed comes as one entry with
-    a problem. An object store lists one folder at a time, whole: name millions of objects in a manifest.
+    end, because that would need them all in memory. Figures of a job that wrote there are passed over. A
+    folder that cannot be listed comes as one entry with a problem. An object store lists one folder at a
+    time, whole: name millions of objects in a manifest.
     """
     if (path := local_path(folder)) is not None:
         for relative, problem in _walk_local(path, "", frozenset()):
@@ -132,7 +136,7 @@ def walk(folder: str) -> Iterator[tuple[str, str, str | None]]:
 
 
 def subfolders(folder: str) -> list[str]:
-    """Names of the folders directly in a folder, sorted.
+    """Names of the folders directly in a folder, sorted; a local output of a job is none of them.
 
     Raises:
         ImageError: it cannot be listed.
@@ -140,12 +144,21 @@ def subfolders(folder: str) -> list[str]:
     try:
         if (path := local_path(folder)) is not None:
             with os.scandir(path) as entries:
-                return sorted(printable(entry.name) for entry in entries if os.path.isdir(entry.path))
+                folders = [entry for entry in entries if os.path.isdir(entry.path)]
+                return sorted(printable(entry.name) for entry in folders if not is_output(entry.path))
         filesystem, remote = _remote(folder)
         found = filesystem.get_file_info(pyarrow.fs.FileSelector(remote))
     except OSError as error:
         raise unreadable(error) from error
     return sorted(entry.base_name for entry in found if entry.type == pyarrow.fs.FileType.Directory)
+
+
+def is_output(folder: str) -> bool:
+    """Whether a job has written to a local folder, as the lock tells that it leaves there."""
+    try:
+        return read_bytes(os.path.join(folder, LOCK)).startswith(b'{"owner": ')
+    except ImageError:
+        return False
 
 
 def absolute(location: str) -> str:
@@ -245,6 +258,8 @@ def _walk_local(root: str, below: str, above: frozenset[tuple[int, int]]) -> _Wa
         status = os.stat(folder)
         identity = (status.st_dev, status.st_ino)
         if identity in above:  # a link to a folder that it is in
+            return
+        if os.path.basename(below) == "figures" and is_output(os.path.dirname(folder)):
             return
         with os.scandir(folder) as entries:
             first = sorted(islice(entries, _SORTED_UP_TO), key=lambda entry: entry.name)

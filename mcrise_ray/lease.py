@@ -17,10 +17,11 @@ import uuid
 from contextlib import suppress
 from typing import IO, Any
 
+from mcrise_ray import files
 from mcrise_ray.errors import StoreError
 from mcrise_ray.store import Store
 
-_NAME = "lock.json"
+_NAME = files.LOCK
 _RENEW_EVERY = 20.0  # seconds
 _LAPSES_AFTER = 120.0  # seconds; clocks of two machines may differ a little
 

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -35,9 +36,11 @@ from mcrise_ray import ImageSource, JobSpec, files, read_image, read_results, ru
 from mcrise_ray.decode import DecodeOptions
 from mcrise_ray.errors import ImageError
 from mcrise_ray.images import ImageRef
+from mcrise_ray.lease import Lease
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.seen import Seen
 from mcrise_ray.spec import ExplainSpec
+from mcrise_ray.store import Store
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 99, 199)]
 NAMES = ["cat/a b.png", "cat/ü#1.png", "dog/100%.png", "dog/z.png"]
@@ -552,6 +555,22 @@ def test_links_to_folders_are_followed_and_cycles_are_not(data: Path, tmp_path: 
     (tmp_path / "inside" / "up").symlink_to(tmp_path)
     (tmp_path / "link").symlink_to(data / "folder")
     assert [ref.image_id for ref in ImageSource(str(tmp_path))] == [f"link/{name}" for name in NAMES]
+
+
+@pytest.mark.parametrize("output", [".", "results"])
+def test_figures_of_a_job_that_wrote_among_its_images_are_no_images(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(shutil.copytree(data / "folder", tmp_path / "images"))
+    shutil.copytree("cat", "dog/figures")
+    listed = list(ImageSource("."))
+    assert len(listed) == 6
+    Store(output).write_figure("theirs", (data / "folder" / NAMES[0]).read_bytes())
+    assert len(list(ImageSource("."))) == 7
+    Lease(Store(output)).release()
+    assert list(ImageSource(".")) == listed
+    assert len(list(ImageSource(f"{output}/figures"))) == 1  # said in so many words
+    assert "results" not in ImageSource("imagefolder:.").class_names
 
 
 def test_listing_is_lazy_and_flat(tmp_path: Path) -> None:
