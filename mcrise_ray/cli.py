@@ -275,14 +275,9 @@ def _tell(job: JobSpec, summary: Summary, figures: list[str]) -> None:
 @contextmanager
 def _stopped_by_signals(output: str) -> Iterator[None]:
     """Ctrl-C, and the polite end of a cluster job, leave an output to go on from."""
-    import signal
-    import threading
+    from mcrise_ray.driver import heed_signals
 
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():  # signals are for no other
-        signal.signal(signal.SIGTERM, stop)
+    heed_signals()
     try:
         yield
     except KeyboardInterrupt:

@@ -11,8 +11,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
@@ -31,6 +33,8 @@ from mcrise_ray.progress import (
     reporter_for,
 )
 from mcrise_ray.submission import JOB_VARIABLE
+
+_AGAIN_AFTER = 0.1  # seconds
 
 
 def run_here(file: str | None = None, *, retry_errors: bool = False) -> int:
@@ -61,9 +65,7 @@ def _run(file: str | None, reporter: ConsoleReporter | JsonReporter, retry_error
         if address:
             # Said by the cluster itself, whose settings this process has inherited.
             _connect(address)
-        # A job is stopped with this signal, which would otherwise end it in the middle of a write. Ray sets a
-        # handler of its own when it connects.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        heed_signals()  # here, because Ray sets a handler of its own when it connects
         told = _metered(reporter) if address else reporter
         summary = run_job(job, told, retry_errors=retry_errors)
         figures = draw_figures(job, reporter)
@@ -84,6 +86,25 @@ def _run(file: str | None, reporter: ConsoleReporter | JsonReporter, retry_error
         reporter.tell("error", f"error: {error}", "error")
         return 2
     return 0
+
+
+def heed_signals() -> None:
+    """Make SIGTERM, by which jobs are stopped, the `KeyboardInterrupt` that Ctrl-C is, so that it ends no
+    write in its middle; and let neither be lost. Python drops what is raised while a weak reference calls
+    back, as they often do in drawing: then it comes again a moment later.
+    """
+    before = sys.unraisablehook
+
+    def dropped(what: Any) -> None:
+        if what.exc_type is KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_AFTER)
+        else:
+            before(what)
+
+    if threading.current_thread() is threading.main_thread():  # signals are for no other
+        sys.unraisablehook = dropped
+        for number in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.default_int_handler)
 
 
 def remarks(job: JobSpec, summary: Summary) -> Iterator[str]:

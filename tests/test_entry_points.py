@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process as the driver of a job, on no cluster."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -221,12 +223,17 @@ def test_the_driver_tries_errors_again(file: Path) -> None:
     assert errors_after("--retry-errors") == 0
 
 
+@pytest.mark.parametrize("dropped", [False, True], ids=["raised", "dropped"])
 def test_a_stop_ends_with_a_word_on_how_to_go_on(
-    here: None, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: None, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dropped: bool
 ) -> None:
     def stopped(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        if dropped:  # what is raised as a weak reference calls back comes to nobody
+            weakref.finalize(set(), os.kill, os.getpid(), signal.SIGTERM)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
+        pytest.fail("was not stopped")
 
     monkeypatch.setattr(driver, "run_job", stopped)
     assert run_here(str(file)) == 130
