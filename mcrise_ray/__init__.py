@@ -75,3 +75,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"mcrise_ray.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """What completion in a notebook and `help()` look for, before it is loaded."""
+    return sorted({*globals(), *__all__})

@@ -147,6 +147,12 @@ def test_importing_the_package_loads_neither_ray_nor_pyarrow(statement: str) -> 
     assert out.stdout.strip() == "[]"
 
 
+def test_public_names_are_completed_and_helped_with_before_they_are_loaded() -> None:
+    check = "import mcrise_ray as mr; print(sorted({*mr.__all__} - {*dir(mr)}))"
+    out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
 def test_help_loads_nothing_heavy() -> None:
     heavy = ("torch", "ray", "numpy", "pydantic")
     check = f"import mcrise_ray.cli, sys; print([m for m in {heavy} if m in sys.modules])"
