@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -174,6 +175,12 @@ class ExplainSpec(StrictModel):
         if relative_error is not None and relative_error <= 0:
             raise ValueError(f"expected a number above 0, such as 0.1, found {relative_error}")
         return relative_error
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _seed_of_numpy(cls, seed: Any) -> Any:
+        # pydantic takes no more than 2**63 - 1 of it.
+        return int(seed) if isinstance(seed, Integral) else seed
 
     @field_validator("seed")
     @classmethod

@@ -219,6 +219,11 @@ def test_errors_survive_pickling(kind: type[Exception]) -> None:
     assert str(copy) == "p_mask: expected this, found that"
 
 
+def test_a_seed_may_be_any_that_numpy_draws() -> None:
+    for seed in np.random.SeedSequence(0).generate_state(8, np.uint64):
+        assert mr.ExplainSpec(seed=seed).seed == int(seed)
+
+
 def test_equal_specs_share_a_hash_and_others_do_not() -> None:
     assert (
         mr.ExplainSpec(colors="paper5").hash
