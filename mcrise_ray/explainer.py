@@ -183,7 +183,13 @@ def _chosen_targets(
     try:
         chosen: tuple[int, ...] = (operator.index(targets),)  # type: ignore[arg-type]
     except TypeError:
-        chosen = tuple(map(operator.index, targets))  # type: ignore[arg-type]
+        try:
+            chosen = tuple(map(operator.index, targets))  # type: ignore[arg-type]
+        except TypeError as error:
+            raise TargetError(
+                f"expected targets as indices of classes, found {targets!r}; of names that a model knows, "
+                "model.class_index(name) gives them"
+            ) from error
     if not chosen:
         raise TargetError("expected at least one target, found none")
     check_targets(chosen, len(scores))

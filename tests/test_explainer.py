@@ -186,6 +186,12 @@ def test_a_target_may_be_any_kind_of_number(one: object) -> None:
     assert mr.explain(channel_means, IMAGE, one, SPEC).targets == (1,)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("targets", ["predicted", ["stop"], 1.0, [[0, 1]]])
+def test_what_is_no_index_of_a_class_is_told(targets: object, shapes_unchecked: None) -> None:
+    with pytest.raises(errors.TargetError, match=r"as indices of classes, found .*class_index"):
+        mr.explain(channel_means, IMAGE, targets, SPEC)  # type: ignore[arg-type]
+
+
 def test_no_targets_are_refused() -> None:
     with pytest.raises(errors.TargetError, match="expected at least one target, found none"):
         mr.explain(channel_means, IMAGE, [], SPEC)
