@@ -48,8 +48,8 @@ class Blender:
         self._channels_of_cell = channels_of_cell[:, :1] if self._one_fill else channels_of_cell
         height, width = image.shape[1:]
         self._size = height, width
-        self._rows = torch.tensor(upsampling_tables(grid[0], height)).to(image)
-        self._columns = torch.tensor(upsampling_tables(grid[1], width)).to(image).mT.contiguous()
+        self._rows = image.new_tensor(upsampling_tables(grid[0], height))
+        self._columns = image.new_tensor(upsampling_tables(grid[1], width)).mT.contiguous()
         self._channels_last = channels_last
         # The planes that are upsampled: kept and three of colour, or both with interleaved channels.
         self._image = image.permute(1, 2, 0).reshape(height, width * 3) if channels_last else image

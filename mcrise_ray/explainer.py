@@ -28,6 +28,7 @@ from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import Fit
 
 DEFAULT_BATCH_SIZE = 64
+_MIXED = "cpu", "cuda"  # devices whose products torch.autocast rounds
 
 
 class Subject:
@@ -55,7 +56,7 @@ class Subject:
         fills = torch.tensor(spec.palette, dtype=dtype, device=device).view(-1, 3, 1, 1)
         self.spec = spec
         self.size: tuple[int, int] = image.shape[:2]
-        self.function = space.function
+        self.function = _mixed_as_here(space.function)
         self.image = space.normalize(rgb).contiguous()
         self.blend = Blender(
             self.image, space.normalize(fills).flatten(1), spec.grid, channels_last=space.channels_last
@@ -65,6 +66,14 @@ class Subject:
         """All scores of the unmasked image."""
         scores: np.ndarray = ask(self.function, self.image[None].clone())[0]
         return scores
+
+
+def _mixed_as_here(function: BlackBox) -> BlackBox:
+    """The function under the autocast of whoever makes this call, whatever holds when it is asked."""
+    for kind in _MIXED:
+        if torch.is_autocast_enabled(kind):
+            function = torch.autocast(kind, torch.get_autocast_dtype(kind))(function)
+    return function
 
 
 def check_image(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
@@ -167,11 +176,13 @@ def explain(
     scores = subject.scores()
     chosen = _chosen_targets(targets, scores)
     reduction = Reduction(spec, chosen, scores[list(chosen)], subject.size)
-    while reduction.explanation is None:
-        for work, result in perform(subject, reduction.works(), chosen, batch_size):
-            reduction.take(work, result)
-            if on_progress is not None and not isinstance(work, Conclude):
-                on_progress(len(work.unit))
+    # Mixed precision is for the model: it would round masks and sums as well.
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        while reduction.explanation is None:
+            for work, result in perform(subject, reduction.works(), chosen, batch_size):
+                reduction.take(work, result)
+                if on_progress is not None and not isinstance(work, Conclude):
+                    on_progress(len(work.unit))
     return reduction.explanation
 
 

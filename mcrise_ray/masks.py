@@ -173,15 +173,14 @@ def stretched(
 
 def one_per_fill(fills: int) -> Float64[Tensor, "states K"]:
     """The values of cells whose images are the coverages `m_k`."""
-    return torch.eye(fills + 1, dtype=torch.float64)[:, 1:].contiguous()
+    return torch.from_numpy(np.eye(fills + 1)[:, 1:].copy())
 
 
 def method_weights(spec: ExplainSpec) -> Float64[Tensor, "states M"]:
     """What a cell in each state (0 kept, then the fills) multiplies the score with in a map; what a mask does
     is upsampled from it.
     """
-    kept = torch.zeros(spec.K + 1, 1, dtype=torch.float64)
-    kept[0] = 1 / (1 - spec.p_mask)
+    kept = torch.from_numpy(np.eye(spec.K + 1, 1) / (1 - spec.p_mask))
     return kept if spec.method == "rise" else one_per_fill(spec.K) * (spec.K / spec.p_mask) - kept
 
 

@@ -191,7 +191,7 @@ class Partial:
         measured = (maps if unit is None else maps / unit).float().square()
         predicted = expectation(spec, self.size, self.slopes / self.weight, dtype)
         kept = predicted.sum(dim=1).mul_(-spec.p_mask / spec.K)
-        kept += (torch.tensor(self.means)[:, None, None] / self.weight).to(dtype)
+        kept += (_as_tensor(self.means)[:, None, None] / self.weight).to(dtype)
         if spec.method != "rise":  # whose map is `baseline`
             maps.add_(predicted, alpha=1 if spec.method == "mc-rise" else -1)
         raw.add_(predicted).add_(kept[:, None])
@@ -213,7 +213,7 @@ class Partial:
     ) -> tuple[Float[Tensor, "L K H W"], Float[Tensor, "L H W"]]:
         """Mean raw and baseline sums."""
         raw = _upsampled(_as_tensor(self.buckets).to(dtype), self.size)
-        kept = torch.tensor(self.scores).to(dtype)[:, None, None] - raw.sum(dim=1)
+        kept = _as_tensor(self.scores).to(dtype)[:, None, None] - raw.sum(dim=1)
         return raw.mul_(spec.K / spec.p_mask / self.weight), kept.div_((1 - spec.p_mask) * self.weight)
 
     def _second_moments(
@@ -225,7 +225,7 @@ class Partial:
         changes slowly from pixel to pixel, so it is interpolated between the points of the lattice.
         """
         points, weight, rows, columns = _lattice_to_pixels(spec, self.size)
-        at_points = torch.tensor(self.squares).div_(self.weight * points)
+        at_points = _as_tensor(self.squares) / (self.weight * points)
         if unit is not None:
             at_points /= unit.double().square()
         return stretched(at_points.float(), rows, columns).mul_(weight).transpose(1, 2)
@@ -286,8 +286,8 @@ def _upsampled(buckets: Float[Tensor, "L h sy K w sx"], size: tuple[int, int]) -
     """Each bucket upsampled at its shift, and all of them added: a few matrix products per target."""
     targets, h, span_y, fills, w, span_x = buckets.shape
     height, width = size
-    found = torch.empty(targets, height, fills, width, dtype=buckets.dtype)
-    high = torch.empty(height, fills * w * span_x, dtype=buckets.dtype)
+    found = buckets.new_empty(targets, height, fills, width)
+    high = buckets.new_empty(height, fills * w * span_x)
     for low, out in zip(buckets, found, strict=True):
         for pixels, seen, table in _stretches(h, height, _STRETCHES[0], buckets.dtype):
             torch.mm(table.T, low.view(h * span_y, -1)[seen], out=high[pixels])
@@ -305,7 +305,7 @@ def _stretches(
     Returns:
         The pixels of each stretch, the (cell, shift) pairs that they see, and what each pixel takes of them.
     """
-    tables = torch.tensor(upsampling_tables(cells, pixels)).permute(2, 0, 1)
+    tables = torch.from_numpy(upsampling_tables(cells, pixels).transpose(2, 0, 1).copy())
     span, found = tables.shape[1], []
     for start, stop in pairwise(np.linspace(0, pixels, min(count, pixels) + 1).round().astype(int)):
         table = tables[:, :, start:stop]

@@ -122,6 +122,36 @@ def test_memory_does_not_grow_with_N(estimator: str, monkeypatch: pytest.MonkeyP
     assert held(more) - held(few) < 4 * (more - few)  # a score alone takes eight bytes
 
 
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.mean(dim=(2, 3))).float()
+
+
+@pytest.mark.parametrize("estimator", ["paper", "importance"])
+def test_mixed_precision_around_is_that_of_the_model_alone(estimator: str) -> None:
+    spec, dense = mr.ExplainSpec(masks=1088, colors="red", estimator=estimator), mr.Classifier(Dense())
+    with torch.autocast("cpu", torch.bfloat16):
+        around = mr.explain(dense, IMAGE, 0, spec)
+    dense.network.forward = torch.autocast("cpu", torch.bfloat16)(dense.network.forward)
+    inside = mr.explain(dense, IMAGE, 0, spec)
+    np.testing.assert_array_equal(around.maps, inside.maps)
+    np.testing.assert_array_equal(around.relative_error, inside.relative_error)
+
+
+@pytest.mark.parametrize("estimator", ["paper", "importance"])
+def test_the_default_device_changes_nothing(estimator: str) -> None:
+    spec, image = mr.ExplainSpec(masks=1088, colors="red", estimator=estimator), IMAGE[:11, :19]
+    with torch.device("meta"):  # stands for a GPU; before anything of this size is kept for later
+        other = mr.explain(channel_means, image, 0, spec)
+    usual = mr.explain(channel_means, image, 0, spec)
+    np.testing.assert_array_equal(usual.maps, other.maps)
+    np.testing.assert_array_equal(usual.standard_error, other.standard_error)
+
+
 def test_progress_counts_every_mask() -> None:
     seen: list[int] = []
     mr.explain(channel_means, IMAGE, 0, mr.ExplainSpec(masks=200), on_progress=seen.append)
