@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float64, UInt8
 
 from mcrise_ray.blend import Blender
-from mcrise_ray.errors import ImageError, SpecError, TargetError
+from mcrise_ray.errors import SpecError, TargetError
 from mcrise_ray.estimators import Scored, picked_unit, residual_unit
 from mcrise_ray.explanations import Explanation
 from mcrise_ray.guide import Choice, Guide, Picked, choose
@@ -23,7 +23,7 @@ from mcrise_ray.pipeline import Asked, score_units
 from mcrise_ray.plan import Unit
 from mcrise_ray.reduction import Conclude, Reduction, ScoreUnit, SumUnit, Work, WorkResult, conclude
 from mcrise_ray.saliency import Partial
-from mcrise_ray.scores import BlackBox, ask, check_targets, input_space
+from mcrise_ray.scores import BlackBox, ask, check_image, check_targets, input_space
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import Fit
 
@@ -50,6 +50,8 @@ class Subject:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         image = check_image(image)
+        if not image.flags.writeable:
+            image = image.copy()  # torch warns about sharing memory that it must not write to
         space = input_space(black_box)
         device = space.device if device is None else torch.device(device)
         rgb = torch.from_numpy(image).to(device, dtype).permute(2, 0, 1) / 255
@@ -74,18 +76,6 @@ def _mixed_as_here(function: BlackBox) -> BlackBox:
         if torch.is_autocast_enabled(kind):
             function = torch.autocast(kind, torch.get_autocast_dtype(kind))(function)
     return function
-
-
-def check_image(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """The image as a contiguous array, or an `ImageError` that says what it is instead."""
-    array = np.ascontiguousarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-        raise ImageError(
-            f"expected an image as a uint8 RGB array (H, W, 3), found {array.dtype} of shape {array.shape}; "
-            "convert with np.asarray(PIL_image.convert('RGB'))"
-        )
-    # torch warns about sharing memory that it must not write to.
-    return array if array.flags.writeable else array.copy()
 
 
 def run_unit(

@@ -13,7 +13,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from pydantic import field_validator
 
-from mcrise_ray.scores import Activation
+from mcrise_ray.scores import Activation, check_image
 from mcrise_ray.spec import StrictModel
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -106,7 +106,12 @@ class Preprocessing(StrictModel):
         return 255.0 if self.input_range == "0-255" else 1.0
 
     def prepare(self, image: UInt8[np.ndarray, "h0 w0 3"]) -> UInt8[np.ndarray, "H W 3"]:
-        """The image at the model's input size, still RGB bytes: masks are applied to this."""
+        """The image at the model's input size, still RGB bytes: masks are applied to this.
+
+        Raises:
+            ImageError: it is no uint8 RGB array.
+        """
+        image = check_image(image)
         picture = Image.fromarray(image)
         (height, width), (tall, wide) = self.size, self._resized(image.shape[:2])
         top, left = self._corner((tall, wide))

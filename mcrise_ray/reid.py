@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 from mcrise_ray.errors import ModelError, SpecError, TargetError
-from mcrise_ray.scores import BlackBox, InputSpace, ask, input_space
+from mcrise_ray.scores import BlackBox, InputSpace, ask, check_image, input_space
 from mcrise_ray.spec import ExplainSpec
 
 DistanceKind = Literal["euclidean", "cosine"]
@@ -41,7 +41,12 @@ def distance(
         f: embeddings, broadcast against
         other: the others.
         kind: `"cosine"` is one minus the cosine; to an embedding of zeros it is 1.
+
+    Raises:
+        SpecError: there is no such kind.
     """
+    if kind not in get_args(DistanceKind):
+        raise SpecError(f"expected a distance of {' or '.join(get_args(DistanceKind))}, found {kind!r}")
     f, other = np.asarray(f, np.float64), np.asarray(other, np.float64)
     if kind == "euclidean":
         return np.asarray(np.sqrt(np.square(f - other).sum(axis=-1)))
@@ -51,9 +56,14 @@ def distance(
 
 
 def embeddings_of(embedder: BlackBox, images: UInt8[np.ndarray, "B H W 3"]) -> Float64[np.ndarray, "B D"]:
-    """The embeddings of unmasked images at the size that the embedder reads."""
+    """The embeddings of unmasked images at the size that the embedder reads.
+
+    Raises:
+        ImageError: one of them is no uint8 RGB array `(H, W, 3)`.
+    """
     space = input_space(embedder)
-    rgb = torch.from_numpy(np.array(images)).to(space.device, torch.float32).permute(0, 3, 1, 2) / 255
+    rgb = torch.from_numpy(np.stack([check_image(image) for image in images]))
+    rgb = rgb.to(space.device, torch.float32).permute(0, 3, 1, 2) / 255
     return ask(space.function, space.normalize(rgb).contiguous(), kind="embeddings")
 
 
@@ -113,10 +123,17 @@ def similarity(
         names: of the matches, for messages.
 
     Raises:
-        TargetError: no `d0` is given, and a match is no further from the query than the query itself.
+        TargetError: matches are no array `(L, D)`; or no `d0` is given, and a match is no further from the
+            query than the query itself.
         ModelError: the matches were embedded by another model.
-        SpecError: `d0` is not above zero.
+        SpecError: `d0` is not above zero, or there is no such kind.
     """
+    query, matches = np.asarray(query), np.asarray(matches)
+    if matches.ndim != 2 or not len(matches):
+        raise TargetError(
+            f"expected embeddings of matches as an array (L, D), found shape {matches.shape}; one match is "
+            "match[None]"
+        )
     if query.shape[-1] != matches.shape[-1]:
         raise ModelError(
             f"expected matches of {query.shape[-1]} dimensions, as the model embeds, found "

@@ -13,10 +13,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, UInt8
 from torch import Tensor, nn
 
-from mcrise_ray.errors import DeviceError, ModelError, ScoreError, TargetError
+from mcrise_ray.errors import DeviceError, ImageError, ModelError, ScoreError, TargetError
 
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed")  # in lower case, of torch and others
 
@@ -231,6 +231,17 @@ def hardware_error(error: Exception, said: str) -> MemoryError | DeviceError | N
         return MemoryError(said)
     is_device = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
     return DeviceError(said) if is_device else None
+
+
+def check_image(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """The image as a contiguous array, or an `ImageError` that says what it is instead."""
+    array = np.ascontiguousarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
+        raise ImageError(
+            f"expected an image as a uint8 RGB array (H, W, 3), found {array.dtype} of shape {array.shape}; "
+            "convert with np.asarray(PIL_image.convert('RGB'))"
+        )
+    return array
 
 
 def check_targets(targets: Sequence[int], classes: int) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 import mcrise_ray as mr
 from mcrise_ray import preprocess
-from mcrise_ray.errors import SpecError
+from mcrise_ray.errors import ImageError, SpecError
 
 
 def ramp(height: int, width: int) -> np.ndarray:
@@ -44,6 +44,17 @@ def test_prepared_image_has_the_size_of_the_input(size: tuple[int, int], image: 
         mr.Preprocessing(size=size, resize="crop", shorter_side=64),
     ):
         assert record.prepare(pixels).shape == (*size, 3)
+
+
+def test_a_picture_is_prepared_as_its_pixels_are_and_what_is_no_picture_is_told(
+    shapes_unchecked: None,
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    model = mr.Preprocessing(size=(6, 6))
+    np.testing.assert_array_equal(model.prepare(Image.fromarray(pixels)), model.prepare(pixels))  # type: ignore[arg-type]
+    for image in (pixels / 255, pixels[..., 0], pixels.transpose(2, 0, 1)):
+        with pytest.raises(ImageError, match=r"uint8 RGB array \(H, W, 3\), found"):
+            model.prepare(image)
 
 
 def test_a_crop_that_does_not_fit_keeps_the_proportions() -> None:

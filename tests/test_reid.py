@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mcrise_ray as mr
 from mcrise_ray import render
-from mcrise_ray.errors import ModelError, ScoreError, SpecError, TargetError
+from mcrise_ray.errors import ImageError, ModelError, ScoreError, SpecError, TargetError
 from mcrise_ray.identity import Identities, Protocol
 from mcrise_ray.masks import draw
 from mcrise_ray.matching import find_matches
@@ -163,6 +163,22 @@ def test_bad_scales_and_other_models_are_refused() -> None:
     for d0 in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(SpecError, match="d0: expected a distance above 0, found"):
             similarity(Quarters(), f, np.zeros((1, 4)), d0=d0)
+
+
+def test_what_would_be_embedded_or_compared_as_something_else_is_refused(shapes_unchecked: None) -> None:
+    embedder, images = Quarters(), pictures(1, 3)
+    with pytest.raises(ImageError, match=r"uint8 RGB array.*found float64"):
+        embeddings_of(embedder, images / 255)  # would be divided again
+    with pytest.raises(ImageError, match=r"uint8 RGB array.*found uint8 of shape \(9, 3\)"):
+        embeddings_of(embedder, images[0])
+    f, *matches = embeddings_of(embedder, images)
+    assert similarity(embedder, f, matches).matches.shape == (2, D)  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match=r"\(L, D\), found shape \(4,\)"):
+        similarity(embedder, f, matches[0])
+    with pytest.raises(TargetError, match=r"\(L, D\), found shape \(0, 4\)"):
+        similarity(embedder, f, np.zeros((0, D)))
+    with pytest.raises(SpecError, match="euclidean or cosine, found 'Euclidean'"):
+        similarity(embedder, f, np.stack(matches), kind="Euclidean")  # type: ignore[arg-type]
 
 
 def test_an_infinite_embedding_is_an_error_and_not_a_score_of_zero() -> None:
