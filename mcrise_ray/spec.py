@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from functools import cached_property
 from numbers import Integral
 from typing import Any, Literal
 
@@ -208,7 +207,7 @@ class ExplainSpec(StrictModel):
         """The K fills as RGB in [0, 1]."""
         return tuple(tuple(int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)) for c in self.colors)  # type: ignore[misc]
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """Sixteen hex digits that differ whenever any setting differs, the same on every machine."""
         content = json.dumps(self.model_dump(mode="json"), sort_keys=True)

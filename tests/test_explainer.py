@@ -267,3 +267,5 @@ def test_equal_specs_share_a_hash_and_others_do_not() -> None:
     )
     specs = [mr.ExplainSpec(), mr.ExplainSpec(masks=7), mr.ExplainSpec(seed=1), mr.ExplainSpec(p_mask=0.1)]
     assert len({spec.hash for spec in specs}) == 4
+    one = mr.ExplainSpec()
+    assert one.hash != one.model_copy(update={"seed": 1}).hash == specs[2].hash
