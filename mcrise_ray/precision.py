@@ -171,7 +171,9 @@ def _compiled(network: nn.Module) -> BlackBox:
 
     # By default every process starts as many compilers as there are cores, and so would every actor.
     inductor.compile_threads = torch.get_num_threads()
-    compiled = torch.compile(network, dynamic=False)
+    # In one graph or not at all: a network that looks at numbers of its batch would be compiled anew for each
+    # of them, up to a limit, and which batches round as compiled ones would depend on their order.
+    compiled = torch.compile(network, dynamic=False, fullgraph=True)
 
     def ask(images: Float[Tensor, "B 3 H W"]) -> Any:
         # Freezing folds normalisation layers and casts into the weights, and then activations into layers.

@@ -426,6 +426,22 @@ def test_a_compiled_model_is_compiled_once_and_gives_the_same_bits_to_every_work
 
 
 @pytest.mark.usefixtures("compiler")
+def test_a_network_that_looks_at_its_batch_is_not_compiled() -> None:
+    """It would be for each of the first numbers seen, and round as the order of its batches has it."""
+
+    class Looks(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            scale = 2.0 if images.mean().item() > 0.1 else 1.0
+            return scale * images.mean((2, 3))
+
+    execution = Execution(batch_size=8, threads=1, precision=Precision(compiled=True))
+    with pytest.raises(
+        mr.errors.ModelError, match=r"data-dependent.*; use machines of one kind, or --precision"
+    ):
+        apply(model_of(Looks()), execution)
+
+
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_model_has_its_weights_and_normalisation_folded_in() -> None:
     """Frozen weights are constants: whole batches do not see what becomes of the network's. Networks of
     others that this process compiles keep theirs.
