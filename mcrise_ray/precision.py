@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from mcrise_ray.errors import ModelError
 from mcrise_ray.loading import first_line
 from mcrise_ray.memory import keep_freed
 from mcrise_ray.models import Model
-from mcrise_ray.programs import converted
+from mcrise_ray.programs import ExportedProgram, converted
 from mcrise_ray.scores import BlackBox, Classifier, ask
 from mcrise_ray.spec import StrictModel
 
@@ -173,7 +174,13 @@ def _compiled(network: nn.Module) -> BlackBox:
     inductor.compile_threads = torch.get_num_threads()
     # In one graph or not at all: a network that looks at numbers of its batch would be compiled anew for each
     # of them, up to a limit, and which batches round as compiled ones would depend on their order.
-    compiled = torch.compile(network, dynamic=False, fullgraph=True)
+    whole: Any = partial(torch.compile, dynamic=False, fullgraph=True)
+    compiled: BlackBox
+    if isinstance(network, ExportedProgram):
+        # Without the loop over its batches, every turn of which would be compiled.
+        compiled = ExportedProgram(whole(network.program), network.least, network.most)
+    else:
+        compiled = whole(network)
 
     def ask(images: Float[Tensor, "B 3 H W"]) -> Any:
         # Freezing folds normalisation layers and casts into the weights, and then activations into layers.

@@ -66,6 +66,19 @@ def test_onnxruntime_runs_exported_programs_in_their_batches(tmp_path: Path, bat
         torch.testing.assert_close(fast(images), model(images), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch", [Dim("batch", min=2, max=4), 1], ids=["2 to 4", "1"])
+def test_an_exported_program_is_compiled_once_whatever_its_batches(
+    tmp_path: Path, batch: Dim | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one graph, a batch of 64 of a MobileNetV2 for single images would be 64 of them: hours."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network, **_: compiled.append(network) or network)
+    model = mr.load_model(exported(tmp_path / "m.pt2", batch))
+    fast = apply(model, Execution(batch_size=8, threads=1, precision=Precision(compiled=True)))
+    assert compiled == [model.black_box.network.program]
+    torch.testing.assert_close(fast(noise(8)), model(noise(8)))
+
+
 def test_onnxruntime_runs_networks_that_return_objects() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
