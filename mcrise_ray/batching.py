@@ -20,9 +20,14 @@ _PATIENCE = 2  # larger batches in a row that gain nothing
 _REPEATS = 3
 
 
+def largest(spec: ExplainSpec) -> int:
+    """The most masked images that can be asked for at once: those of a unit."""
+    return min(unit_size(spec), spec.masks)
+
+
 def candidates(spec: ExplainSpec) -> list[int]:
     """Batch sizes that divide a unit, each at least half as large again as the one before it."""
-    whole = min(unit_size(spec), spec.masks)
+    whole = largest(spec)
     sizes: list[int] = []
     for size in range(min(_SMALLEST, whole), min(_LARGEST, whole) + 1):
         if whole % size == 0 and (not sizes or size >= 1.5 * sizes[-1]):

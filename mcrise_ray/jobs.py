@@ -23,7 +23,7 @@ from mcrise_ray.identity import Retrieval
 from mcrise_ray.images import ImageRef, ImageSource, read_image
 from mcrise_ray.jobspec import JobSpec, differences
 from mcrise_ray.lease import Lease
-from mcrise_ray.precision import Execution, Precision
+from mcrise_ray.precision import Execution
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.progress import GALLERY, Quiet, Reporter
 from mcrise_ray.recorder import Counts, Recorder
@@ -32,6 +32,7 @@ from mcrise_ray.results import Results, read_results
 from mcrise_ray.rows import MapRow, MatchRow
 from mcrise_ray.store import Committed, Store, figure_name
 from mcrise_ray.targets import check_source
+from mcrise_ray.tuning import as_named
 from mcrise_ray.worker import Built, InProcess, Setup, Worker
 
 _COUNTED = 1000  # shorter lists are counted before the start, for the progress bar
@@ -281,8 +282,7 @@ def _chosen(job: JobSpec) -> Execution | None:
     """How the model is asked where the job leaves nothing to try."""
     if job.precision == "auto" or job.batch_size == "auto" or job.actors == 0:
         return None
-    precision = Precision.named(job.precision)
-    return Execution(batch_size=job.batch_size, threads=job.cpus_per_actor, precision=precision)
+    return as_named(job.precision, job.batch_size, job.explain, job.cpus_per_actor)
 
 
 def _setup(job: JobSpec, images: int | None, sample: ImageRef) -> Setup:

@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
-from mcrise_ray.batching import OUT_OF_MEMORY, candidates, fastest
+from mcrise_ray.batching import OUT_OF_MEMORY, candidates, fastest, largest
 from mcrise_ray.errors import SpecError
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, Subject
 from mcrise_ray.loading import first_line
@@ -112,7 +112,7 @@ def settle(
         precision: `"float32"` changes nothing; `"auto"` tries channels_last, bfloat16 (on a GPU float16 where
             that is not kept), ONNX Runtime in place of torch, and torch.compile on top of what was kept of
             the first; steps that are named are taken untried, for a batch size that is given.
-        batch_size: `"auto"` tries several.
+        batch_size: `"auto"` tries several; of a number, no trial asks for more images at once.
         masks: how many one worker will score, where that is known: trials are not worth it for a few.
         memory_share: of the memory that is free now, which the batches may take.
 
@@ -125,12 +125,11 @@ def settle(
                 f"precision: expected a number as batch_size beside {precision}, because both were found "
                 "together, found auto"
             )
-        execution = Execution(
-            batch_size=batch_size, threads=torch.get_num_threads(), precision=Precision.named(precision)
-        )
+        execution = as_named(precision, batch_size, spec, torch.get_num_threads())
         return Settled(execution, apply(model, execution))
+    at_most = largest(spec) if batch_size == "auto" else min(batch_size, largest(spec))
     keep_freed()
-    trials = _Trials(model, spec, image, masks, scored)
+    trials = _Trials(model, spec, image, masks, scored, at_most)
     if network_of(model) is None:
         trials.notes.append("float32: the model is no torch module of ours to change")
     elif precision == "float32":
@@ -140,11 +139,19 @@ def settle(
     else:
         trials.try_eager()
         trials.try_onnxruntime()
-    size = trials.fastest_batch(memory_share) if batch_size == "auto" else batch_size
+    size = trials.fastest_batch(memory_share) if batch_size == "auto" else at_most
     trials.try_compiled(size)
     kept = trials.kept.precision.model_copy(update={"notes": tuple(trials.notes)})
     execution = Execution(batch_size=size, threads=torch.get_num_threads(), precision=kept)
     return Settled(execution, trials.kept.model)
+
+
+def as_named(precision: PrecisionChoice, batch_size: int, spec: ExplainSpec, threads: int) -> Execution:
+    """How a model is asked where everything is named, and nothing is tried."""
+    # No batch is larger than a unit: one that is would never be whole, so never compiled, and halved in vain.
+    return Execution(
+        batch_size=min(batch_size, largest(spec)), threads=threads, precision=Precision.named(precision)
+    )
 
 
 @dataclass(frozen=True)
@@ -171,11 +178,12 @@ class _Trials(Generic[AnyModel]):
         image: UInt8[np.ndarray, "h w 3"] | None,
         masks: int | None,
         scored: Scored,
+        at_most: int,
     ) -> None:
         self._prepared = model.prepare(_random_colours() if image is None else image)
         self._images = Subject(model, self._prepared, spec).blend(draw(spec, 0, _COMPARED)).clone()
         self._spec, self._masks, self._scored = spec, masks, scored
-        self._at_once = _AT_ONCE[model.device.type]
+        self._at_once = min(_AT_ONCE[model.device.type], at_most)
         self._reference: np.ndarray | None = None  # scores in float32, once precision is tried
         self.few = masks is not None and masks < _FEW
         black_box = scored(model, self._prepared)

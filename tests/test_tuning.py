@@ -24,6 +24,7 @@ from mcrise_ray.explainer import Subject
 from mcrise_ray.masks import draw
 from mcrise_ray.memory import free_memory, keep_freed
 from mcrise_ray.models import Model
+from mcrise_ray.plan import unit_size
 from mcrise_ray.precision import Adapted, Execution, Precision, apply
 from mcrise_ray.preprocess import Preprocessing
 from mcrise_ray.scores import Classifier, ask
@@ -276,6 +277,20 @@ def test_float32_is_always_there() -> None:
     settled = settle(model_of(Scripted("bfloat16")), SPEC, IMAGE, precision="float32", batch_size=8)
     assert settled.execution.precision == Precision(notes=("float32: as asked",))
     assert str(settled.execution) == f"float32, batches of 8, threads {torch.get_num_threads()}"
+
+
+@pytest.mark.parametrize("given", [4, 64, 5000])
+def test_no_trial_asks_for_more_than_the_batch_that_is_given_or_a_unit(
+    given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be all that the memory, or the network, can take; and no larger one is ever asked for."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        tuning, "ask", lambda function, images: (asked.append(len(images)), ask(function, images))[1]
+    )
+    settled = settle(model_of(Scripted()), SPEC, IMAGE, batch_size=given)
+    assert settled.execution.batch_size == min(given, unit_size(SPEC))
+    assert max(asked) <= settled.execution.batch_size
 
 
 def test_a_foreign_black_box_is_not_ours_to_change() -> None:
