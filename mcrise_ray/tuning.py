@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Generic, Literal
 
 import numpy as np
@@ -23,7 +25,7 @@ from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from mcrise_ray.batching import OUT_OF_MEMORY, candidates, fastest, largest
-from mcrise_ray.errors import SpecError
+from mcrise_ray.errors import ModelError, ScoreError, SpecError
 from mcrise_ray.explainer import DEFAULT_BATCH_SIZE, Subject
 from mcrise_ray.loading import first_line
 from mcrise_ray.masks import draw
@@ -107,7 +109,8 @@ def settle(
     Args:
         model: as it was loaded.
         spec: of the masks.
-        image: one of the job's, of any size; where there is none yet, random colours stand in.
+        image: one of the job's, of any size; where there is none yet, or the model fails on it, random
+            colours stand in.
         scored: whose scores are compared; those of the model itself by default.
         precision: `"float32"` changes nothing; `"auto"` tries channels_last, bfloat16 (on a GPU float16 where
             that is not kept), ONNX Runtime in place of torch, and torch.compile on top of what was kept of
@@ -117,7 +120,7 @@ def settle(
         memory_share: of the memory that is free now, which the batches may take.
 
     Raises:
-        MCRiseError: the model fails on masked images as it is.
+        MCRiseError: the model fails on masked images of random colours as it is.
     """
     if precision not in ("auto", "float32"):
         if batch_size == "auto":
@@ -127,8 +130,33 @@ def settle(
             )
         execution = as_named(precision, batch_size, spec, torch.get_num_threads())
         return Settled(execution, apply(model, execution))
-    at_most = largest(spec) if batch_size == "auto" else min(batch_size, largest(spec))
     keep_freed()
+    tried = partial(_tried, model, spec, scored, precision, batch_size, masks, memory_share)
+    if image is not None:
+        with suppress(ModelError, ScoreError):  # of this image, whose own turn will tell, or of any
+            return tried(image)
+    return tried(None)
+
+
+def as_named(precision: PrecisionChoice, batch_size: int, spec: ExplainSpec, threads: int) -> Execution:
+    """How a model is asked where everything is named, and nothing is tried."""
+    # No batch is larger than a unit: one that is would never be whole, so never compiled, and halved in vain.
+    return Execution(
+        batch_size=min(batch_size, largest(spec)), threads=threads, precision=Precision.named(precision)
+    )
+
+
+def _tried(
+    model: AnyModel,
+    spec: ExplainSpec,
+    scored: Scored,
+    precision: Literal["auto", "float32"],
+    batch_size: BatchSizeChoice,
+    masks: int | None,
+    memory_share: float,
+    image: UInt8[np.ndarray, "h w 3"] | None,
+) -> Settled[AnyModel]:
+    at_most = largest(spec) if batch_size == "auto" else min(batch_size, largest(spec))
     trials = _Trials(model, spec, image, masks, scored, at_most)
     if network_of(model) is None:
         trials.notes.append("float32: the model is no torch module of ours to change")
@@ -144,14 +172,6 @@ def settle(
     kept = trials.kept.precision.model_copy(update={"notes": tuple(trials.notes)})
     execution = Execution(batch_size=size, threads=torch.get_num_threads(), precision=kept)
     return Settled(execution, trials.kept.model)
-
-
-def as_named(precision: PrecisionChoice, batch_size: int, spec: ExplainSpec, threads: int) -> Execution:
-    """How a model is asked where everything is named, and nothing is tried."""
-    # No batch is larger than a unit: one that is would never be whole, so never compiled, and halved in vain.
-    return Execution(
-        batch_size=min(batch_size, largest(spec)), threads=threads, precision=Precision.named(precision)
-    )
 
 
 @dataclass(frozen=True)

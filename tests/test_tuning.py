@@ -293,6 +293,29 @@ def test_no_trial_asks_for_more_than_the_batch_that_is_given_or_a_unit(
     assert max(asked) <= settled.execution.batch_size
 
 
+class Afraid(Scripted):
+    """A network that raises, or returns NaN, where the middle of an image is dark."""
+
+    def __init__(self, raises: bool) -> None:
+        super().__init__()
+        self.raises = raises
+
+    def forward(self, images: Tensor) -> Tensor:
+        dark = images.flatten(1).median(dim=1).values < -1.5
+        if self.raises and dark.any():
+            raise IndexError("nothing found")
+        return torch.where(dark[:, None], torch.nan, super().forward(images))
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_an_image_that_the_model_fails_on_is_not_what_the_model_is_tried_on(raises: bool) -> None:
+    """One image of a job: its error is its own, and the others are explained."""
+    black = np.zeros((*SIZE, 3), np.uint8)
+    found, expected = (settle(model_of(Afraid(raises)), SPEC, image, batch_size=8) for image in (black, None))
+    kinds = [[note.partition(":")[0] for note in one.execution.precision.notes] for one in (found, expected)]
+    assert kinds[0] == kinds[1] != []
+
+
 def test_a_foreign_black_box_is_not_ours_to_change() -> None:
     model = replace(model_of(Scripted()), black_box=lambda images: images.mean((2, 3)))
     settled = settle(model, SPEC, batch_size="auto")
