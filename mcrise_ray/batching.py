@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from mcrise_ray.errors import ModelError
 from mcrise_ray.memory import forget_peak, free_memory, peak_memory
 from mcrise_ray.plan import unit_size
 from mcrise_ray.spec import ExplainSpec
@@ -60,6 +61,8 @@ def fastest(
             gain = speed_ratio(partial(ask, best), partial(ask, size), _REPEATS) * size / best
         except OUT_OF_MEMORY:
             return best, f"{size} images do not fit into memory"
+        except ModelError as error:  # such as of tensors that are too large for its kernels
+            return best, f"{size} images at once fail: {error}"
         tried = size
         best, without_gain = (size, 0) if gain >= _GAIN else (best, without_gain + 1)
         if without_gain == _PATIENCE:

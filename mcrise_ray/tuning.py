@@ -219,7 +219,7 @@ class _Trials(Generic[AnyModel]):
         while self._reference is None:
             try:
                 self._reference = self._scores(self.kept, self._at_once)
-            except OUT_OF_MEMORY:
+            except (*OUT_OF_MEMORY, ModelError):
                 if self._at_once == 1:
                     raise
                 self._at_once //= 2

@@ -293,6 +293,18 @@ def test_no_trial_asks_for_more_than_the_batch_that_is_given_or_a_unit(
     assert max(asked) <= settled.execution.batch_size
 
 
+def test_a_network_that_takes_few_images_at_once_is_asked_for_few() -> None:
+    class Few(Scripted):
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > 9:
+                raise RuntimeError("input tensor must fit into 32-bit index math")
+            return super().forward(images)
+
+    execution = settle(model_of(Few()), SPEC, IMAGE).execution
+    assert execution.batch_size == 8
+    assert any(re.search("16 images at once fail: .* index math", note) for note in execution.precision.notes)
+
+
 class Afraid(Scripted):
     """A network that raises, or returns NaN, where the middle of an image is dark."""
 
