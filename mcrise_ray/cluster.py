@@ -30,7 +30,7 @@ from ray.exceptions import (
 
 from mcrise_ray.access import ensure_token, find_token
 from mcrise_ray.engine import Event
-from mcrise_ray.errors import ClusterError, MCRiseError, ModelError
+from mcrise_ray.errors import ClusterError, MCRiseError, ModelError, SpecError
 from mcrise_ray.faults import Fault, FaultKind
 from mcrise_ray.guide import Guide
 from mcrise_ray.jobspec import ActorRange, JobSpec
@@ -193,15 +193,18 @@ class RayExecutor:
     ) -> None:
         self._job, self._setup, self._execution = job, setup, execution
         self._resources = {"CPU": float(job.cpus_per_actor)} | ({"GPU": gpus} if gpus else {})
-        self._class = ray.remote(
-            num_cpus=job.cpus_per_actor,
-            num_gpus=gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            concurrency_groups={_BESIDE: 1},
-            runtime_env={"env_vars": ONE_HEAP},  # with groups, no call runs in the main thread
-            **({"label_selector": job.label_selector} if job.label_selector else {}),
-        )(Worker)
+        try:
+            self._class = ray.remote(
+                num_cpus=job.cpus_per_actor,
+                num_gpus=gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                concurrency_groups={_BESIDE: 1},
+                runtime_env={"env_vars": ONE_HEAP},  # with groups, no call runs in the main thread
+                **({"label_selector": job.label_selector} if job.label_selector else {}),
+            )(Worker)
+        except ValueError as error:
+            raise SpecError(f"--label-selector: {error}") from error
         self._handles: dict[int, ActorHandle] = {}
         self._events: SimpleQueue[Event | int] = SimpleQueue()  # a number: this actor has begun
         self._may_grow = may_grow

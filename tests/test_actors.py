@@ -160,6 +160,11 @@ def test_what_actors_that_wait_are_short_of(nodes: Cluster) -> None:
         )
 
 
+def test_a_label_that_ray_does_not_know_is_told_with_the_option(nodes: Cluster) -> None:
+    with pytest.raises(SpecError, match=r"^--label-selector: .*in\(a100"):
+        executor("auto", label_selector={"ray.io/accelerator-type": "in(a100"})
+
+
 @pytest.mark.parametrize(("text", "meaning"), [("auto", "auto"), ("3", 3), ("2-8", {"min": 2, "max": 8})])
 def test_actors_on_the_command_line(text: str, meaning: object) -> None:
     assert actor_count(text) == meaning
