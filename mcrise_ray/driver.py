@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -182,15 +182,30 @@ def _connect(address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raise `ClusterError` where nobody listens: Ray itself would end this process."""
+    """Raise `ClusterError` where nobody listens, for which Ray would end this process, or a dashboard does,
+    at which it would try for ever.
+    """
     parts = urlsplit(f"//{address}")
     try:
         if parts.hostname is None or parts.port is None:
             raise ClusterError(f"expected auto or HOST:PORT as the address of a Ray, found {address}")
-        socket.create_connection((parts.hostname, parts.port), timeout=10).close()
+        with socket.create_connection((parts.hostname, parts.port), timeout=10) as there:
+            is_web_server = _speaks_http(there)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ClusterError(f"cannot join the cluster at {address}: {reason}") from error
+    if is_web_server:
+        raise ClusterError(
+            f"expected a Ray at {address}, found a web server; mcrise submit takes the address of the "
+            "dashboard, Ray itself listens on another port, which is 6379 by default"
+        )
+
+
+def _speaks_http(there: socket.socket) -> bool:
+    with suppress(OSError):  # Ray answers in other words, or hangs up
+        there.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
+        return there.recv(5) == b"HTTP/"
+    return False
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

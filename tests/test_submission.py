@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +31,7 @@ from typer.testing import CliRunner
 import mcrise_ray as mr
 from mcrise_ray import submission
 from mcrise_ray.cli import app
+from mcrise_ray.driver import join_cluster
 from mcrise_ray.errors import ClusterError, SpecError
 from mcrise_ray.jobfiles import load_job
 from mcrise_ray.jobs import run_job
@@ -552,6 +555,16 @@ def test_paths_that_travel_are_relative_to_the_folder_that_holds_them(tmp_path: 
         f"torchvision:GTSRB?root={root}&split=test",
         f"{root}-other/a.png",
         "s3://bucket/a.png",
+def test_the_dashboard_is_told_from_ray_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At which it would try to join for ever."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as dashboard:
+        Thread(target=dashboard.handle_request, daemon=True).start()
+        address = f"127.0.0.1:{dashboard.server_port}"
+        with pytest.raises(ClusterError, match=rf"^expected a Ray at {address}, found a web server; .* 6379"):
+            join_cluster(address)
+
+
     )
     model = ModelSpec(model=f"hf:{root}/vit", classes=f"{root}/classes.txt", weights="/shared/w.safetensors")
     spec = job(tmp_path, tmp_path / "out", model=model).model_copy(update={"images": images})
