@@ -244,11 +244,12 @@ def find_job(
     """A job that was submitted, by its id or by its file (the latest attempt).
 
     Raises:
+        SpecError: the file cannot be read, or is no job.
         ClusterError: the cluster knows no such job.
     """
     name = os.fspath(submission)
     base = None
-    if Path(name).is_file():
+    if Path(name).is_file() or Path(name).suffix:  # ids have none: a misspelt file is not asked for as one
         from mcrise_ray.jobfiles import load_job
 
         base = submission_id(load_job(name))

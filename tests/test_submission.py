@@ -277,6 +277,11 @@ def test_an_unknown_job_is_named(cluster: Cluster, folder: Path, tmp_path: Path)
         find_job(file, cluster.url)
 
 
+def test_a_misspelt_file_is_not_taken_for_an_id() -> None:
+    with pytest.raises(SpecError, match=r"^jobs/jub\.yaml: cannot read it: No such file or directory$"):
+        find_job("jobs/jub.yaml")
+
+
 def test_status_shows_progress(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
     spec = job(folder, tmp_path / "out", model=ModelSpec(model="blackboxes:broken"))
     submitted = submit_job(spec, cluster.url)
