@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
@@ -47,6 +48,11 @@ class Progress:
     retries: int = 0
     embedded: int = 0
     job: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """When it said so, since 1970."""
+        return datetime.strptime(self.updated, "%Y-%m-%dT%H:%M:%S%z").timestamp()
 
 
 _PROGRESS = TypeAdapter(Progress)

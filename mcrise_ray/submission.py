@@ -351,14 +351,20 @@ def _status(details: Any, *, far: bool = True) -> JobStatus:
     """What Ray knows of a job and, if asked how far it is, what the job itself has written."""
     told = details.metadata or {}
     output = told.get(_OUTPUT, "")
+    state = str(details.status.value)
+    started = details.start_time / 1000 if details.start_time else None
     progress = read_progress(output) if far and output else None
-    is_its_own = progress is not None and progress.job == told.get(_HASH)
+    if progress is not None:
+        # Masks, pace and time left of the attempt before are not those of one that is about to begin.
+        is_earlier = state not in ENDED and progress.seconds < int(started or 0)
+        if is_earlier or progress.job != told.get(_HASH):
+            progress = None
     return JobStatus(
         id=details.submission_id,
-        state=str(details.status.value),
+        state=state,
         message=" ".join((details.message or "").partition(", last available logs")[0].split()),
         output=output,
-        progress=progress if is_its_own else None,
-        started=details.start_time / 1000 if details.start_time else None,
+        progress=progress,
+        started=started,
         ended=details.end_time / 1000 if details.end_time else None,
     )

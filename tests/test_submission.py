@@ -291,10 +291,11 @@ def test_status_shows_progress(cluster: Cluster, folder: Path, tmp_path: Path) -
     (tmp_path / "out").mkdir()
 
     def shown_of(job: str) -> str:
+        updated = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         (tmp_path / "out" / "progress.json").write_text(
             '{"state": "running", "images_done": 3, "images_total": 10, "errors": 1, "masks_done": 1900, '
             '"masks_per_second": 30.5, "seconds_left": 75, "relative_error": 0.25, '
-            f'"embedded": 4096, "updated": "2026-11-23T16:00", "job": "{job}"}}'
+            f'"embedded": 4096, "updated": "{updated}", "job": "{job}"}}'
         )
         return mcrise("status", submitted.id, "--address", cluster.url).stdout
 
@@ -305,6 +306,31 @@ def test_status_shows_progress(cluster: Cluster, folder: Path, tmp_path: Path) -
     assert "masks      1,900 by this run, 30 masks/s" in shown
     assert "error      0.250 of a map is noise" in shown
     submitted.stop()
+
+
+@pytest.mark.parametrize(("state", "is_shown"), [("PENDING", False), ("RUNNING", False), ("FAILED", True)])
+def test_what_the_attempt_before_has_said_is_not_told_of_the_next(
+    tmp_path: Path, state: str, is_shown: bool
+) -> None:
+    def told(seconds_later: float) -> Progress | None:
+        details = SimpleNamespace(
+            submission_id="job-2",
+            status=SimpleNamespace(value=state),
+            message=None,
+            metadata={"mcrise_output": str(tmp_path), "mcrise_hash": "abc"},
+            start_time=int(1000 * (time.time() - seconds_later)),
+            end_time=None,
+        )
+        server = SimpleNamespace(get_job_info=lambda name: details)
+        return SubmittedJob(server, "http://here", "job-2", str(tmp_path)).status().progress
+
+    said = {"state": "running", "images_done": 3, "images_total": 10, "errors": 1, "masks_done": 1900}
+    said |= {"masks_per_second": 30.5, "seconds_left": 75, "job": "abc"}
+    said["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    (tmp_path / "progress.json").write_text(json.dumps(said))
+    assert (told(-30) is not None) == is_shown
+    assert told(30) is not None
+    assert told(0) is not None, "its clock tells whole seconds"
 
 
 def only_loopback() -> bool:
@@ -529,6 +555,16 @@ def test_nothing_at_an_address_is_one_line(tmp_path: Path) -> None:
         submit_job(job(tmp_path, tmp_path / "out"), f"127.0.0.1:{free_port()}")
 
 
+def test_the_dashboard_is_told_from_ray_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At which it would try to join for ever."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as dashboard:
+        Thread(target=dashboard.handle_request, daemon=True).start()
+        address = f"127.0.0.1:{dashboard.server_port}"
+        with pytest.raises(ClusterError, match=rf"^expected a Ray at {address}, found a web server; .* 6379"):
+            join_cluster(address)
+
+
 def test_other_machines_need_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
@@ -560,16 +596,6 @@ def test_paths_that_travel_are_relative_to_the_folder_that_holds_them(tmp_path: 
         f"torchvision:GTSRB?root={root}&split=test",
         f"{root}-other/a.png",
         "s3://bucket/a.png",
-def test_the_dashboard_is_told_from_ray_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At which it would try to join for ever."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as dashboard:
-        Thread(target=dashboard.handle_request, daemon=True).start()
-        address = f"127.0.0.1:{dashboard.server_port}"
-        with pytest.raises(ClusterError, match=rf"^expected a Ray at {address}, found a web server; .* 6379"):
-            join_cluster(address)
-
-
     )
     model = ModelSpec(model=f"hf:{root}/vit", classes=f"{root}/classes.txt", weights="/shared/w.safetensors")
     spec = job(tmp_path, tmp_path / "out", model=model).model_copy(update={"images": images})
