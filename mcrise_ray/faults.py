@@ -87,12 +87,10 @@ class Decision:
 
     Attributes:
         then: with the task.
-        replace: end the actor, and start another in its place.
         strike: count the loss against the task: its retries are bounded.
     """
 
     then: Then
-    replace: bool
     strike: bool = True
 
 
@@ -106,7 +104,7 @@ ACTOR_GONE = frozenset(
         FaultKind.BUILD,
     }
 )
-"""Faults after which nothing more is expected of the actor: an unreachable one may live, and is ended."""
+"""Faults after which the actor is ended, for an unreachable one may live, and another takes its place."""
 
 
 def decide(fault: Fault, history: History, limits: Limits) -> Decision:
@@ -119,16 +117,15 @@ def decide(fault: Fault, history: History, limits: Limits) -> Decision:
         limits: after `max_retries` of a task its image is skipped, because it may be what kills the actors;
             after `max_lost_starts` no image is to blame.
     """
-    replace = fault.kind in ACTOR_GONE
     building = fault.kind is FaultKind.BUILD
     lost_starts = max(limits.max_lost_starts, limits.max_retries + 1)
     hopeless = history.lost_starts >= lost_starts and fault.kind is not FaultKind.PREEMPTED
-    if (building and not history.built) or (replace and hopeless):
-        return Decision(Then.STOP, replace)
+    if (building and not history.built) or (fault.kind in ACTOR_GONE and hopeless):
+        return Decision(Then.STOP)
     if building or fault.kind is FaultKind.PREEMPTED:
-        return Decision(Then.REQUEUE, replace, strike=False)
+        return Decision(Then.REQUEUE, strike=False)
     if fault.kind in {FaultKind.HOST_MEMORY, FaultKind.DEVICE_MEMORY} and history.batch_size > 1:
-        return Decision(Then.HALVE, replace, strike=False)  # bounded by the batch size itself
+        return Decision(Then.HALVE, strike=False)  # bounded by the batch size itself
     # The same code would meet the same input again: an unexpected error is not retried.
     exhausted = fault.kind is FaultKind.BROKEN or history.attempts >= limits.max_retries
-    return Decision(Then.SKIP if exhausted else Then.REQUEUE, replace)
+    return Decision(Then.SKIP if exhausted else Then.REQUEUE)
