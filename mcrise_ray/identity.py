@@ -45,14 +45,6 @@ class Identities:
     pids: Int64[np.ndarray, " n"]
     camids: Int64[np.ndarray, " n"]
 
-    @classmethod
-    def of(cls, pids: Sequence[int | None], camids: Sequence[int | None]) -> Identities:
-        """From lists with None for what is not known."""
-        return cls(_with_unknown(pids), _with_unknown(camids))
-
-    def __len__(self) -> int:
-        return len(self.pids)
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -153,7 +145,3 @@ def retrieval(ranks: Sequence[Int64[np.ndarray, " _"]]) -> Retrieval | None:
         [np.mean(np.arange(1, len(found) + 1) / found) for found in counted]
     )
     return Retrieval(len(counted), float(first.mean()), float(precision.mean()))
-
-
-def _with_unknown(values: Sequence[int | None]) -> Int64[np.ndarray, " n"]:
-    return np.array([UNKNOWN if value is None else value for value in values], np.int64)

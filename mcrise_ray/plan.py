@@ -55,11 +55,6 @@ def unit(spec: ExplainSpec, index: int) -> Unit:
     return Unit(index, index * size, min((index + 1) * size, spec.masks))
 
 
-def units(spec: ExplainSpec) -> Iterator[Unit]:
-    """All units of one image in index order, lazily: there may be hundreds of thousands."""
-    return (unit(spec, index) for index in range(unit_count(spec)))
-
-
 def pilot_count(spec: ExplainSpec, units: int) -> int:
     """How many of the first so many units come back as scores, which are few, to be summed in one go.
 

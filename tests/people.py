@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 import mcrise_ray as mr
+from mcrise_ray.identity import UNKNOWN, Identities
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
 
@@ -36,6 +37,12 @@ def make(root: Path, people: int = 4, shots: int = 6) -> Path:
             name = f"gallery/{pid:04d}_c{shot % 3 + 1}s1_{shot:06d}_00.png"
             save(root / name, person(pid, 4 + 5 * shot))
     return root
+
+
+def identities(pids: list[int | None], camids: list[int | None]) -> Identities:
+    """Of some images; None where nobody told."""
+    known = ([UNKNOWN if value is None else value for value in values] for values in (pids, camids))
+    return Identities(*(np.array(values, np.int64) for values in known))
 
 
 def one_colour(colour: tuple[int, int, int]) -> np.ndarray:

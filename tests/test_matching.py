@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from people import identities
 
 from mcrise_ray import matching
 from mcrise_ray.errors import ModelError, SpecError, TargetError
-from mcrise_ray.identity import UNKNOWN, Identities, Protocol, identity_of_name, retrieval
+from mcrise_ray.identity import Identities, Protocol, identity_of_name, retrieval
 from mcrise_ray.matching import correct_ranks, find_matches, nearest, parse_matches, ranks
 from mcrise_ray.reid import distance
 
@@ -161,7 +162,7 @@ def matches(
     pids: list[int | None], camids: list[int | None], pid: int | None, camid: int | None, **settings_: object
 ) -> object:
     own = settings_.pop("own", -1)
-    protocol = Protocol(Identities.of([pid], [camid]), Identities.of(pids, camids), np.array([own]))
+    protocol = Protocol(identities([pid], [camid]), identities(pids, camids), np.array([own]))
     (found,) = find_matches(QUERY, LINE[: len(pids)], protocol, **settings_)  # type: ignore[arg-type]
     return found if isinstance(found, TargetError) else [(m.place, m.role, m.rank) for m in found]
 
@@ -235,12 +236,6 @@ def test_words_for_matches() -> None:
 )
 def test_market_names(name: str, identity: tuple[int | None, int | None]) -> None:
     assert identity_of_name(name) == identity
-
-
-def test_unknown_people_are_no_mark() -> None:
-    people = Identities.of([None, 3], [1, None])
-    assert (people.pids.tolist(), people.camids.tolist()) == ([UNKNOWN, 3], [1, UNKNOWN])
-    assert len(people) == 2
 
 
 def test_other_dimensions_and_infinite_embeddings_are_refused() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from people import identities
 
 from mcrise_ray import ImageSource, load_embedder, load_model, read_image
 from mcrise_ray.embed import embed
-from mcrise_ray.identity import Identities, Protocol, retrieval
+from mcrise_ray.identity import Protocol, retrieval
 from mcrise_ray.matching import correct_ranks
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -77,8 +78,8 @@ def test_pedestrians_are_re_identified(library: str, model: str, settings: dict)
         refs = list(ImageSource(str(SHARED / "data" / "pedestrians" / folder)))
         rows, errors = embed(embedder, refs, batch_size=8)
         assert not errors
-        identities = Identities.of([row.pid for row in rows], [row.camid for row in rows])
-        sides.append((np.stack([row.embedding for row in rows]), identities))
+        who = identities([row.pid for row in rows], [row.camid for row in rows])
+        sides.append((np.stack([row.embedding for row in rows]), who))
     (queries, who), (gallery, whom) = sides
     found = retrieval(correct_ranks(queries, gallery, Protocol(who, whom, np.full(5, -1))))
     assert found is not None

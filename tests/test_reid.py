@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import replica
 import torch
+from people import identities
 from torch import Tensor, nn
 
 import mcrise_ray as mr
 from mcrise_ray import render
 from mcrise_ray.errors import ImageError, ModelError, ScoreError, SpecError, TargetError
-from mcrise_ray.identity import Identities, Protocol
+from mcrise_ray.identity import Protocol
 from mcrise_ray.masks import draw
 from mcrise_ray.matching import find_matches
 from mcrise_ray.reid import Similarity, distance, embeddings_of, reid_spec, similarity
@@ -94,7 +95,7 @@ def test_maps_are_those_of_equation_21(kind: str, d: object, d0: float | None) -
 
     embedder = Quarters()
     found = embeddings_of(embedder, np.concatenate([query[None], gallery])).astype(np.float32)
-    protocol = Protocol(Identities.of([1], [1]), Identities.of(pids, camids), np.array([3]))
+    protocol = Protocol(identities([1], [1]), identities(pids, camids), np.array([3]))
     (matches,) = find_matches(found[:1], found[1:], protocol, kind=kind)
     assert [(match.place, match.role, match.rank) for match in matches] == [(best, "match", 1)]
     # Maps are float32 in the end, whatever they are computed in.

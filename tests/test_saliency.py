@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mcrise_ray as mr
+from mcrise_ray import plan
 from mcrise_ray.blend import Blender
 from mcrise_ray.estimators import residual_unit
 from mcrise_ray.explainer import Subject, run_unit
 from mcrise_ray.explanations import explanation
 from mcrise_ray.masks import Masks, coverage, draw
-from mcrise_ray.plan import Unit, unit_count, units
+from mcrise_ray.plan import Unit, unit_count
 from mcrise_ray.saliency import Maps, Partial, UnitSums
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import fit_scores
@@ -52,8 +53,8 @@ def black_box(images: Tensor) -> np.ndarray:
 def finalized(spec: ExplainSpec, image: np.ndarray, dtype: torch.dtype, batch_size: int = 7) -> Maps:
     subject = Subject(black_box, image, spec, dtype=dtype)
     total = Partial.zero(spec, 1, subject.size)
-    for unit in units(spec):
-        total = total.combine(run_unit(subject, unit, [1], batch_size))
+    for index in range(unit_count(spec)):
+        total = total.combine(run_unit(subject, plan.unit(spec, index), [1], batch_size))
     return total.finalize(spec)
 
 

@@ -164,7 +164,8 @@ def test_order_of_the_work_changes_no_bit(monkeypatch: pytest.MonkeyPatch, masks
     monkeypatch.setattr(plan, "_PILOT", 1024)
     spec = spec_of("mc-rise", "red,blue", masks=masks, estimator="control-variate")
     oracle = mr.explain(steep, IMAGE, 0, spec)
-    units, count = list(plan.units(spec)), plan.pilot_count(spec, plan.unit_count(spec))
+    units = [plan.unit(spec, index) for index in range(plan.unit_count(spec))]
+    count = plan.pilot_count(spec, len(units))
     assert (count < len(units)) == (masks > 1024)
 
     def subject() -> Subject:
