@@ -12,7 +12,6 @@ are Y patch rows, K fills and X patch columns; W windows, of V features each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -123,8 +122,18 @@ class Windows:
     def alike(self, features: Float64[np.ndarray, "N D"]) -> Float64[Tensor, "N S"]:
         """How alike other masks are to each of these, between 0 and 1."""
         found = self.right.new_empty(len(features), self.right.shape[2], dtype=torch.float64)
-        for part, total in self._totals(features):
-            found[part] = total
+        # A few rows at a time, in the same buffers: new memory would take as long as the products.
+        one, total = self.right.new_empty(2, min(_AT_ONCE, len(features)), self.right.shape[2])
+        for start in range(0, len(features), _AT_ONCE):
+            part = slice(start, min(start + _AT_ONCE, len(features)))
+            lefts = _left(self._seen(features[part]))
+            rows = slice(lefts.shape[2])
+            for place, (left, right) in enumerate(zip(lefts, self.right, strict=True)):
+                into = one[rows] if place else total[rows]
+                torch.mm(left.T, right, out=into).exp2_()
+                if place:
+                    total[rows].add_(into)
+            found[part] = total[rows].div_(len(self.right))
         return found
 
     def similar(
@@ -193,24 +202,6 @@ class Windows:
 
     def _seen(self, features: Float64[np.ndarray, "N D"]) -> Float32[Tensor, "W V N"]:
         return _seen(features, self.mixed, self.stretched, self.widths, self.shape)
-
-    def _totals(
-        self, features: Float64[np.ndarray, "N D"]
-    ) -> Iterator[tuple[slice, Float32[Tensor, "part S"]]]:
-        """Rows of `alike`, a few at a time, in a buffer that the next ones overwrite: new memory would take
-        as long as the products.
-        """
-        one, total = self.right.new_empty(2, min(_AT_ONCE, len(features)), self.right.shape[2])
-        for start in range(0, len(features), _AT_ONCE):
-            part = slice(start, min(start + _AT_ONCE, len(features)))
-            lefts = _left(self._seen(features[part]))
-            rows = slice(lefts.shape[2])
-            for place, (left, right) in enumerate(zip(lefts, self.right, strict=True)):
-                into = one[rows] if place else total[rows]
-                torch.mm(left.T, right, out=into).exp2_()
-                if place:
-                    total[rows].add_(into)
-            yield part, total[rows].div_(len(self.right))
 
 
 def learn_metric(
