@@ -93,14 +93,11 @@ class Precision(StrictModel):
         return "+".join(step for step in STEPS if getattr(self, step)) or "float32"
 
     def __str__(self) -> str:
-        done = self.steps
-        if self.is_float32:
-            return done
         if self.speedup is None or self.difference is None:
-            return done
+            return self.steps
         return (
-            f"{done} ({self.speedup:.2g} times as fast as float32, scores within {self.difference:.2%} of "
-            "their spread)"
+            f"{self.steps} ({self.speedup:.2g} times as fast as float32, scores within {self.difference:.2%} "
+            "of their spread)"
         )
 
 
