@@ -253,10 +253,9 @@ def _torchvision_pretrained(name: str, asked: str, device: torch.device) -> Load
 
 def with_weights(build: Any, arguments: dict[str, int], spec: ModelSpec) -> nn.Module:
     """A network from its builder, with the file of weights where there is one."""
+    network: nn.Module = build(**arguments)
     if spec.weights is None:
-        network: nn.Module = build(**arguments)
         return network
-    network = build(**arguments)
     state = read_weights(spec.weights, network)
     if not arguments and (classes := class_count(network, state)):
         network = build(**classes)
