@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from mcrise_ray.images import ImageRef
 from mcrise_ray.tasks import Call, Ended, Failure, Outcome, Saved
 
 
-@runtime_checkable
 class Bookkeeping(Protocol):
     """What is to be done, and what has been.
 

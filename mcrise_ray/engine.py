@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from mcrise_ray.bookkeeping import Bookkeeping
 from mcrise_ray.errors import ClusterError, MCRiseError
@@ -35,7 +35,6 @@ class Event:
     outcome: Any  # Reply of a call, facts of a built model, or Fault
 
 
-@runtime_checkable
 class Executor(Protocol):
     """Actors by number; nothing here waits but `wait`."""
 
@@ -68,7 +67,6 @@ class Executor(Protocol):
         ...
 
 
-@runtime_checkable
 class Sink(Protocol):
     """Where results go, in the order in which they come."""
 
