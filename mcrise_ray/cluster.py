@@ -1,4 +1,4 @@
-"""Ray: the actor that holds the model, and the loop that keeps every actor busy."""
+"""Ray: how a job gets one, and its actors behind the numbers of the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One image in one process: `run_unit()`, which actors run too, and `explain()`, the oracle of the cluster.
+"""One image in one process: `perform()`, which actors run too, and `explain()`, the oracle of the cluster.
 
 Axes: L targets; K fills; M maps of the method (K for MC-RISE, 1 for the two RISE methods); H, W pixels.
 """
