@@ -139,7 +139,7 @@ def plan_job(job: JobSpec, *, overwrite: bool = False, seconds: float = 20.0) ->
     )
 
 
-def calls(job: JobSpec, images: int, batch_size: int, gallery: int = 0) -> int:
+def calls(job: JobSpec, images: int, batch_size: int, gallery: int) -> int:
     """Calls of the model for so many images, unmasked ones included: units do not share a batch."""
     embedding = 0 if job.reid is None else -(-(images + gallery) // batch_size)
     size = unit_size(job.explain)

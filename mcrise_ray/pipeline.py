@@ -34,8 +34,8 @@ class Asked:
     """
 
     unit: Unit
-    masks: Masks | None = None
-    also: tuple[int, ...] | None = ()
+    masks: Masks | None
+    also: tuple[int, ...] | None
 
 
 def score_units(

@@ -32,14 +32,7 @@ class ExportedProgram(nn.Module):
         mean, std: of a normalisation that was part of it, and is left to who asks.
     """
 
-    def __init__(
-        self,
-        program: nn.Module,
-        least: int,
-        most: int | None,
-        mean: Triple = (0.0, 0.0, 0.0),
-        std: Triple = (1.0, 1.0, 1.0),
-    ) -> None:
+    def __init__(self, program: nn.Module, least: int, most: int | None, mean: Triple, std: Triple) -> None:
         super().__init__()
         self.program, self.least, self.most = program, least, most
         self.mean, self.std = mean, std

@@ -82,10 +82,10 @@ class Recorder:
         committed: Committed,
         ledger: Bookkeeping,
         reporter: Reporter,
-        clear: bool = False,
-        forget_errors: bool = False,
-        check: Callable[[Built], None] = lambda built: None,
-        on_built: Callable[[Built], None] = lambda built: None,
+        clear: bool,
+        forget_errors: bool,
+        check: Callable[[Built], None],
+        on_built: Callable[[Built], None],
     ) -> None:
         self.counts = Counts(
             images=len(committed.explained),

@@ -114,7 +114,7 @@ class ReidJob:
     """
 
     def __init__(
-        self, job: JobSpec, committed: Committed, note: Callable[[str], None], retry_errors: bool = False
+        self, job: JobSpec, committed: Committed, note: Callable[[str], None], retry_errors: bool
     ) -> None:
         assert job.reid is not None
         self._retry_errors = retry_errors

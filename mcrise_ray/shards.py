@@ -39,6 +39,7 @@ _MEMBER = re.compile(r"(.+)#offset=(\d+)&size=(\d+)&member=(.*)", re.DOTALL)
 _ROW = re.compile(r"(.+)#row=(\d+)", re.DOTALL)
 _FILES_OPEN = 4  # per process and kind
 _ROWS_READ = 16  # encoded images in memory at a time
+_ROWS_LISTED = 8192
 _TAR_READ = 2**16  # bytes
 
 
@@ -220,14 +221,14 @@ def open_parquet(location: str) -> pa.parquet.ParquetFile:
         return pa.parquet.ParquetFile(open_arrow(location), pre_buffer=False, buffer_size=1 << 20)
 
 
-def batches(file: pa.parquet.ParquetFile, columns: list[str], rows: int = 8192) -> Iterator[pa.RecordBatch]:
+def batches(file: pa.parquet.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """The columns of a Parquet file in its order, some rows in memory at a time.
 
     Raises:
         ImageError: the file is damaged.
     """
     with _arrow_errors():
-        yield from file.iter_batches(batch_size=rows, columns=columns, use_threads=False)
+        yield from file.iter_batches(batch_size=_ROWS_LISTED, columns=columns, use_threads=False)
 
 
 def list_parquet(location: str, column: str) -> Iterator[Inside]:

@@ -248,7 +248,7 @@ class InProcess:
     """
 
     worker: Worker
-    execution: Execution | None = None
+    execution: Execution | None
     _waiting: deque[tuple[int, Call | None]] = field(default_factory=deque)
 
     def now(self) -> float:
