@@ -221,13 +221,7 @@ def _resolved(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             model[name] = _absolute(model[name], folder)
     if isinstance(model.get("model"), str):
         model["model"] = _absolute_model(model["model"], folder)
-    if isinstance(done["images"], str):
-        done["images"] = [done["images"]]
-    if isinstance(done["images"], list | tuple):
-        done["images"] = [
-            _absolute_images(source, folder) if isinstance(source, str) else source
-            for source in done["images"]
-        ]
+    done["images"] = _absolute_sources(done["images"], folder)
     if isinstance(done["output"], str):
         done["output"] = _absolute(done["output"], folder)
     if isinstance(done.get("reid"), Mapping):
@@ -240,15 +234,20 @@ def _resolved_reid(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for name in ("gallery_store", "pairs"):
         if isinstance(done.get(name), str):
             done[name] = _absolute(done[name], folder)
-    sources = done.get("gallery")
-    if isinstance(sources, str | list | tuple):
-        listed = [sources] if isinstance(sources, str) else sources
-        done["gallery"] = [_absolute_images(s, folder) if isinstance(s, str) else s for s in listed]
+    if "gallery" in done:
+        done["gallery"] = _absolute_sources(done["gallery"], folder)
     return done
 
 
 def _absolute(location: str, folder: Path) -> str:
     return location if is_url(location) else os.path.normpath(folder / os.path.expanduser(location))
+
+
+def _absolute_sources(sources: Any, folder: Path) -> Any:
+    """Of images: one or several; what is neither is left to be refused."""
+    if isinstance(sources, list | tuple):
+        return [_absolute_sources(source, folder) for source in sources]
+    return _absolute_images(sources, folder) if isinstance(sources, str) else sources
 
 
 def _absolute_images(source: str, folder: Path) -> str:
