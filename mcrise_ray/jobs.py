@@ -117,16 +117,18 @@ def run_job(
     lease = Lease(store)
     try:
         committed = Committed.nothing() if overwrite else committed_of(job, store)
-        if there is not None and not overwrite:
+        earlier: dict[str, Any] = (None if overwrite else store.read_json("job.json")) or {}
+        if earlier:
             store.tidy()
-        retry_errors = retry_errors or (not overwrite and _was_trying_again(store))
+        # A job that was stopped while it tried again has not finished that.
+        retry_errors = retry_errors or bool(earlier.get("retry_errors"))
         trying_again = retry_errors and bool(committed.failed)
         if trying_again:
             reporter.note(f"trying {len(committed.failed)} images with errors again")
             committed = committed.without_errors()
         left = (image for image in images if image.image_id not in committed)
         first = next(left, None)
-        if first is None and _is_done(store) and not trying_again:
+        if first is None and earlier.get("state") == "done" and not trying_again:
             reporter.note(f"all {len(committed)} images are done already in {job.output}")
             if job.reid is not None:
                 tell_changes(job, None, reporter.note)
@@ -137,7 +139,7 @@ def run_job(
                 masks=0,
                 seconds=0.0,
                 earlier=len(committed),
-                retrieval=_retrieval(store),
+                retrieval=Retrieval(**earlier["retrieval"]) if "retrieval" in earlier else None,
             )
             reporter.job_ended("done", {key: getattr(summary, key) for key in asdict(Counts())})
             return summary
@@ -147,7 +149,7 @@ def run_job(
         # Error rows of a gallery are about none of the images that are counted here.
         of_gallery = sum(name.startswith(f"{GALLERY}:") for name in committed.failed) if job.reid else 0
         reporter.start(count, each, len(committed) - of_gallery)
-        execution = (None if overwrite else _execution(store)) or _chosen(job)
+        execution = _settled(job, earlier)
         setup = _setup(job, count, first or next(iter(source)))  # what is left may be no image
         if execution is not None:  # sessions of ONNX Runtime take their threads while the model is built
             setup = replace(setup, threads=execution.threads)
@@ -257,29 +259,10 @@ def _check_model(built: Built, there: dict[str, Any] | None, reid: ReidJob | Non
         )
 
 
-def _is_done(store: Store) -> bool:
-    return (store.read_json("job.json") or {}).get("state") == "done"
-
-
-def _was_trying_again(store: Store) -> bool:
-    """Whether a job that was stopped had been asked to, which it has not finished then."""
-    return bool((store.read_json("job.json") or {}).get("retry_errors"))
-
-
-def _retrieval(store: Store) -> Retrieval | None:
-    """What a finished ReID job has said of its matches."""
-    told = (store.read_json("job.json") or {}).get("retrieval")
-    return None if told is None else Retrieval(**told)
-
-
-def _execution(store: Store) -> Execution | None:
-    """How an earlier run of the job asked its model: resuming keeps to it."""
-    execution = (store.read_json("job.json") or {}).get("execution")
-    return None if execution is None else Execution.model_validate(execution)
-
-
-def _chosen(job: JobSpec) -> Execution | None:
-    """How the model is asked where the job leaves nothing to try."""
+def _settled(job: JobSpec, earlier: dict[str, Any]) -> Execution | None:
+    """How the model is asked: as by an earlier run, or where the job leaves nothing to try."""
+    if "execution" in earlier:
+        return Execution.model_validate(earlier["execution"])
     if job.precision == "auto" or job.batch_size == "auto" or job.actors == 0:
         return None
     return as_named(job.precision, job.batch_size, job.explain, job.cpus_per_actor)

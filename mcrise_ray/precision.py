@@ -175,7 +175,8 @@ def _compiled(network: nn.Module) -> BlackBox:
     compiled: BlackBox
     if isinstance(network, ExportedProgram):
         # Without the loop over its batches, every turn of which would be compiled.
-        compiled = ExportedProgram(whole(network.program), network.least, network.most)
+        asked = whole(network.program), network.least, network.most, network.mean, network.std
+        compiled = ExportedProgram(*asked)
     else:
         compiled = whole(network)
 
