@@ -36,6 +36,7 @@ from mcrise_ray.guide import Guide
 from mcrise_ray.jobspec import ActorRange, JobSpec
 from mcrise_ray.memory import ONE_HEAP
 from mcrise_ray.precision import Execution
+from mcrise_ray.servers import is_server
 from mcrise_ray.tasks import Call
 from mcrise_ray.worker import Built, Setup, Worker
 
@@ -88,7 +89,7 @@ def _gpus(job: JobSpec, there: float) -> float:
     """GPUs per actor: unless that is said, one where there are any and the model is for one."""
     if job.gpus_per_actor is not None:
         return job.gpus_per_actor
-    elsewhere = job.model.device == "cpu" or job.model.model.startswith(("http://", "https://"))
+    elsewhere = job.model.device == "cpu" or is_server(job.model.model)
     return float(there > 0 and not elsewhere)
 
 

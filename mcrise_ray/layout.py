@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mcrise_ray.errors import ModelError
+from mcrise_ray.preprocess import NO_NORMALISATION
 
 # By the names that ONNX Runtime and the KServe v2 protocol give them.
 _NUMBERS = {
@@ -71,7 +72,7 @@ class Layout:
 
     def preprocessing(self) -> dict[str, Any]:
         """What follows for `Preprocessing`: no normalisation, the fixed size, bytes as 0 to 255."""
-        fields: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        fields: dict[str, Any] = dict(NO_NORMALISATION)
         if self.size is not None:
             fields["size"] = self.size
         if self.dtype == np.uint8:

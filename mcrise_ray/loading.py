@@ -31,8 +31,6 @@ FORMS: Final = (
 
 _COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal, in messages of torch
 
-NO_NORMALISATION: Final[dict[str, Any]] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-
 
 class ModelSpec(StrictModel):
     """Which model, with which weights, and what differs from its own preprocessing.

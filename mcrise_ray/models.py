@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mcrise_ray import programs, zoo
 from mcrise_ray.errors import ModelError, ScoreError, TargetError
-from mcrise_ray.loading import FORMS, NO_NORMALISATION, Loaded, ModelSpec, read_class_names
-from mcrise_ray.preprocess import Preprocessing, Triple
+from mcrise_ray.loading import FORMS, Loaded, ModelSpec, read_class_names
+from mcrise_ray.preprocess import NO_NORMALISATION, Preprocessing, Triple
 from mcrise_ray.scores import BlackBox, Classifier, InputSpace, ask, input_space
 from mcrise_ray.servers import ServerModel, ServerUrl, is_server
 

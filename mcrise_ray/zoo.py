@@ -18,7 +18,6 @@ from torch import nn
 
 from mcrise_ray.errors import MCRiseError, ModelError
 from mcrise_ray.loading import (
-    NO_NORMALISATION,
     Loaded,
     ModelSpec,
     class_count,
@@ -31,7 +30,7 @@ from mcrise_ray.loading import (
     ready,
     whole_number,
 )
-from mcrise_ray.preprocess import Preprocessing
+from mcrise_ray.preprocess import NO_NORMALISATION, Preprocessing
 from mcrise_ray.scores import Classifier
 
 _PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
