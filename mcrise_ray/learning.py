@@ -21,7 +21,7 @@ from mcrise_ray.kernel_regression import TESTED, kernel_ridge
 from mcrise_ray.kernels import Windows, learn_metric
 from mcrise_ray.masks import Masks, draw
 from mcrise_ray.plan import MOST_LEARNT
-from mcrise_ray.regression import Basis, logistic_moments, ridge
+from mcrise_ray.regression import ROUNDING, Basis, logistic_moments, ridge
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.variates import Features, patches
 
@@ -34,7 +34,6 @@ _FRESH_PER_FEATURE, _FEWEST_FRESH = 4, 256  # of those
 # Of the variance that cross-fitted predictions leave, at most, or they are kept. On pure noise a guide hardly
 # ever seems to save a fifth, unless most scores are near 0: then in one of twenty cases.
 _WORTH = 0.8
-_ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _NOT_ONE = 1e-2  # how far the sum of probabilities may lie from 1: bfloat16 rounds them
 _PER_CELL = 1.75  # patches along an axis, with one fill (see `variates`): smaller ones tell hardly more
 _SMALLEST = 1e-6  # of the largest score, or below 1: a score nearer than this to 0 or 1 has no finite logit
@@ -81,7 +80,7 @@ def learn(
         promise less noise.
     """
     targets = scores.shape[1] - len(rivals)
-    if not -_ROUNDING <= scores.min() <= scores.max() <= 1 + _ROUNDING:
+    if not -ROUNDING <= scores.min() <= scores.max() <= 1 + ROUNDING:
         return None
     masks, scores = masks[-MOST_LEARNT:], scores[-MOST_LEARNT:]
     grid = patches(spec, size, MOST_LEARNT, _PER_CELL)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float64
 
+ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
+
 _RATIOS = 10.0 ** np.arange(-3, 2.1, 0.5)  # ridge strengths tried, in units of the mean eigenvalue
 _FEWEST = 8  # samples to fit slopes to
 _VISIBLE = 1e-12  # of all squares, at least: smaller second moments are roundings
 _CAUTION = 2.0  # standard deviations by which a ridge must beat what it gains on pure noise
 _OUTLIERS = 4.0  # how much more those are where few scores make most of the variance
-_ROUNDING = 1e-4  # how far probabilities may lie outside [0, 1]
 _NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(21)
 _NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
 _STEPS = 12  # of a descent: it has converged in every direction that the ridge leaves visible
@@ -202,7 +203,7 @@ def _bounds(scores: np.ndarray) -> tuple[float, float]:
     low, high = float(scores.min()), float(scores.max())
     if low == high:
         return low, high
-    if low >= -_ROUNDING and high <= 1 + _ROUNDING:
+    if low >= -ROUNDING and high <= 1 + ROUNDING:
         return 0.0, 1.0
     return low - 0.1 * (high - low), high + 0.1 * (high - low)
 
