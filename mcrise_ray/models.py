@@ -180,7 +180,10 @@ def load_network(spec: ModelSpec, named: Mapping[str, Loader], forms: str) -> Lo
     """
     load = _loader_of(spec.model, named, forms)
     if spec.args and load is not zoo.load_factory:
-        raise ModelError(f"--model-arg is for package.module:factory, found {', '.join(spec.args)}")
+        raise ModelError(
+            f"--model-arg: expected none, because --model {spec.model} is no package.module:factory, "
+            f"found {', '.join(spec.args)}"
+        )
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)  # weights that are drawn are the same in every actor
         return load(spec, _device(spec.device))

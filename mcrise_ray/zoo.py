@@ -184,7 +184,7 @@ def load_factory(spec: ModelSpec, device: torch.device) -> Loaded:
     if not isinstance(built, nn.Module):
         if spec.weights is not None:
             raise ModelError(
-                f"--weights needs an nn.Module, but --model {spec.model} returned {type(built).__name__}"
+                f"--weights: expected an nn.Module from --model {spec.model}, found {type(built).__name__}"
             )
         return Loaded(built, fields, torch.device("cpu"))
     if spec.weights is not None:
@@ -233,8 +233,8 @@ def _torchvision_pretrained(name: str, asked: str, device: torch.device) -> Load
         weights = torchvision.models.get_model_weights(name)[asked]
         network = torchvision.models.get_model(name, weights=weights)
     except KeyError:
-        have = ", ".join(torchvision.models.get_model_weights(name).__members__)
-        raise ModelError(f"{name} has weights {have}; found {asked!r}") from None
+        have = " or ".join(torchvision.models.get_model_weights(name).__members__)
+        raise ModelError(f"expected ?weights= to be {have} for {name}, found {asked!r}") from None
     except OSError as error:
         raise ModelError(f"cannot download weights of {name}: {error}; use --weights FILE") from error
     preset = weights.transforms()
@@ -304,7 +304,10 @@ def _processor_fields(transformers: Any, name: str, spec: ModelSpec) -> dict[str
     if "interpolation" not in spec.preprocessing and processor.get("do_resize", True):
         filter_ = int(processor.get("resample", 2))
         if filter_ not in _PIL_FILTERS:
-            raise ModelError(f"hf:{name} resizes with PIL's filter {filter_}; choose with --interpolation")
+            raise ModelError(
+                f"expected nearest, lanczos, bilinear or bicubic in hf:{name}, found PIL's filter {filter_}; "
+                "choose with --interpolation"
+            )
         fields["interpolation"] = _PIL_FILTERS[filter_]
     # v = scale * rgb - offset, then (v - mean) / std, with rgb in [0, 1]
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0

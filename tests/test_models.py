@@ -208,7 +208,7 @@ def test_class_names_must_be_as_many_as_classes(tmp_path: Path) -> None:
         ),
         (
             {"model": "torchvision:resnet18?weights=BEST"},
-            "resnet18 has weights IMAGENET1K_V1, .*found 'BEST'",
+            "expected .weights= to be IMAGENET1K_V1 or DEFAULT for resnet18, found 'BEST'",
         ),
         (
             {"model": "torchvision:resnet18?weights=DEFAULT", "weights": "w.pt"},
@@ -216,12 +216,12 @@ def test_class_names_must_be_as_many_as_classes(tmp_path: Path) -> None:
         ),
         (
             {"model": "torchvision:resnet18", "args": {"a": 1}},
-            "--model-arg is for package.module:factory, found a",
+            "--model-arg: expected none, because --model .* is no package.module:factory, found a",
         ),
         ({"model": "networks:tiny", "device": "gpu"}, "expected --device cuda, cuda:1 or cpu, found 'gpu'"),
         (
             {"model": "networks:means", "weights": "w.pt"},
-            "--weights needs an nn.Module, .* returned function",
+            "--weights: expected an nn.Module from --model .*, found function",
         ),
         (
             {"model": "networks:tiny", "weights": "no.pt"},
