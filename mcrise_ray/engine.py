@@ -32,7 +32,7 @@ class Event:
 
     actor: int
     call: Call | None
-    outcome: Any  # Reply of a call, facts of a built model, or Fault
+    outcome: Any  # Reply of a call, what was built, or Fault
 
 
 class Executor(Protocol):
@@ -238,11 +238,11 @@ class Engine:
         else:
             self._returned(actor, event.call, event.outcome)
 
-    def _built(self, actor: _Actor, facts: Any) -> None:
+    def _built(self, actor: _Actor, built: Any) -> None:
         actor.built = True
         self._hungry.append(actor.number)
         self._ever_built = True
-        self._sink.built(facts)
+        self._sink.built(built)
         self._sink.actors_alive(self._alive())
 
     def _returned(self, actor: _Actor, call: Call, reply: Reply) -> None:
