@@ -351,7 +351,7 @@ def _count_if_short(source: ImageSource) -> tuple[Iterator[ImageRef], int | None
         if len(first) > _COUNTED or time.monotonic() > until:
             return chain(first, images), None
     if not first:
-        raise ImageError(f"expected images, found none in {', '.join(source.sources)}")
+        raise ImageError(f"expected images, found none in {', '.join(map(files.shown, source.sources))}")
     return iter(first), len(first)
 
 

@@ -700,10 +700,10 @@ def test_a_long_list_starts_without_a_total(data: Path, tmp_path: Path) -> None:
     assert (summary.errors, reporter.ended) == (1100, 1100)
 
 
-def test_no_images_at_all_is_said(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ImageError, match=r"expected images, found none in .*empty"):
-        run_job(job(tmp_path / "out", str(tmp_path / "empty")), Counting())
+def test_no_images_at_all_is_said_on_one_line(tmp_path: Path) -> None:
+    (tmp_path / "emp\nty").mkdir()
+    with pytest.raises(ImageError, match=r"expected images, found none in .*emp\\nty$"):
+        run_job(job(tmp_path / "out", str(tmp_path / "emp\nty")), Counting())
 
 
 @pytest.mark.parametrize(
