@@ -164,7 +164,8 @@ class ExplainSpec(StrictModel):
     def _check_p_mask(cls, p_mask: float) -> float:
         if not 1e-9 <= p_mask <= 1 - 1e-9:
             raise ValueError(
-                f"expected a probability strictly between 0 and 1 that a cell is masked, found {p_mask}"
+                "expected a probability that a cell is masked, at least 1e-9 away from 0 and from 1, found "
+                f"{p_mask}"
             )
         return p_mask
 

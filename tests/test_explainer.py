@@ -161,8 +161,8 @@ def test_progress_counts_every_mask() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"p_mask": 0}, "p_mask: expected a probability strictly between 0 and 1.*found 0.0"),
-        ({"p_mask": 1}, "p_mask: expected a probability strictly between 0 and 1.*found 1.0"),
+        ({"p_mask": 0}, "p_mask: expected a probability .* at least 1e-9 away from 0 and from 1, found 0.0"),
+        ({"p_mask": 1}, "p_mask: expected a probability .* at least 1e-9 away from 0 and from 1, found 1.0"),
         ({"p_mask": float("nan")}, "p_mask"),
         ({"masks": 0}, "masks: expected 1 to .* found 0"),
         ({"masks": 1.5}, "masks: .*integer.*found 1.5"),
