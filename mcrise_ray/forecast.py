@@ -113,9 +113,9 @@ def plan_job(job: JobSpec, *, overwrite: bool = False, seconds: float = 20.0) ->
             break
     if not count:
         raise ImageError(f"expected images, found none in {', '.join(map(shown, source.sources))}")
-    gallery = 0
+    gallery, left = 0, count - useless - done
     if job.reid is not None:
-        targets = _matches(job.reid, count - useless - done)
+        targets = _matches(job.reid, left)
         for _ in ImageSource(job.reid.gallery):
             gallery += 1
             if time.monotonic() > until:
@@ -125,7 +125,6 @@ def plan_job(job: JobSpec, *, overwrite: bool = False, seconds: float = 20.0) ->
             where = ", ".join(map(shown, job.reid.gallery))
             raise ImageError(f"expected gallery images, found none in {where}; check --gallery")
     size = DEFAULT_BATCH_SIZE if job.batch_size == "auto" else job.batch_size
-    left = count - useless - done
     return Plan(
         images=count,
         complete=complete,
