@@ -25,7 +25,7 @@ from mcrise_ray.reid import Similarity, distance, embeddings_of, similarity
 from mcrise_ray.reidspec import ReidSpec
 from mcrise_ray.scores import BlackBox
 from mcrise_ray.spec import ExplainSpec
-from mcrise_ray.targets import check_choice, choose_targets, parse_targets
+from mcrise_ray.targets import check_choice, choose_targets
 from mcrise_ray.tasks import Embedded, EmbedTask, Query, Target
 
 
@@ -72,7 +72,7 @@ class Classes:
     """A classifier, of which scores of classes are explained."""
 
     def __init__(self, model: ModelSpec, spec: ExplainSpec, targets: Sequence[int | str]) -> None:
-        self._spec, self._targets = spec, parse_targets(targets)
+        self._spec, self._targets = spec, targets
         self.model: Model = load_model(model)
         self.facts = facts(model, self.model)
         check_choice(self._targets, self.model)
