@@ -49,10 +49,10 @@ class Subject:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        image = check_image(image)
+        space = input_space(black_box)
+        image = check_image(image, space.size)
         if not image.flags.writeable:
             image = image.copy()  # torch warns about sharing memory that it must not write to
-        space = input_space(black_box)
         device = space.device if device is None else torch.device(device)
         rgb = torch.from_numpy(image).to(device, dtype).permute(2, 0, 1) / 255
         fills = torch.tensor(spec.palette, dtype=dtype, device=device).view(-1, 3, 1, 1)

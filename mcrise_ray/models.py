@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -97,8 +97,8 @@ class Model:
         return self.black_box(images)
 
     def input_space(self) -> InputSpace:
-        """That of the black box."""
-        return input_space(self.black_box)
+        """That of the black box, at the size of `preprocessing`."""
+        return replace(input_space(self.black_box), size=self.preprocessing.size)
 
     def prepare(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:
         """An image of any size at the model's input size."""

@@ -59,10 +59,10 @@ def embeddings_of(embedder: BlackBox, images: UInt8[np.ndarray, "B H W 3"]) -> F
     """The embeddings of unmasked images at the size that the embedder reads.
 
     Raises:
-        ImageError: one of them is no uint8 RGB array `(H, W, 3)`.
+        ImageError: one of them is no uint8 RGB array `(H, W, 3)`, or of another size.
     """
     space = input_space(embedder)
-    rgb = torch.from_numpy(np.stack([check_image(image) for image in images]))
+    rgb = torch.from_numpy(np.stack([check_image(image, space.size) for image in images]))
     rgb = rgb.to(space.device, torch.float32).permute(0, 3, 1, 2) / 255
     return ask(space.function, space.normalize(rgb).contiguous(), kind="embeddings")
 

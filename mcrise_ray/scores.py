@@ -93,6 +93,7 @@ class InputSpace:
         device: where it wants them.
         mean, std: from RGB in [0, 1] into this space.
         channels_last: how it wants them to lie in memory.
+        size: (H, W) of the images that it reads; None where it does not say.
     """
 
     function: BlackBox
@@ -100,6 +101,7 @@ class InputSpace:
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     channels_last: bool = False
+    size: tuple[int, int] | None = None
 
     def normalize(self, images: Float[Tensor, "*batch 3 H W"]) -> Float[Tensor, "*batch 3 H W"]:
         """RGB in [0, 1] into this space."""
@@ -233,13 +235,27 @@ def hardware_error(error: Exception, said: str) -> MemoryError | DeviceError | N
     return DeviceError(said) if is_device else None
 
 
-def check_image(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """The image as a contiguous array, or an `ImageError` that says what it is instead."""
+def check_image(
+    image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int] | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The image as a contiguous array, or an `ImageError` that says what it is instead.
+
+    Args:
+        image: of any size, but where one is given.
+        size: (H, W).
+    """
     array = np.ascontiguousarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
         raise ImageError(
             f"expected an image as a uint8 RGB array (H, W, 3), found {array.dtype} of shape {array.shape}; "
             "convert with np.asarray(PIL_image.convert('RGB'))"
+        )
+    if size is not None and array.shape[:2] != size:
+        # Most networks take any size, and score what they were not trained for.
+        raise ImageError(
+            f"expected an image of {size[0]} x {size[1]} pixels, as the model reads, found "
+            f"{array.shape[0]} x {array.shape[1]}; bring it there with model.prepare(image), or load the "
+            "model with another size"
         )
     return array
 

@@ -240,7 +240,8 @@ def test_memory_is_measured_in_a_process_of_its_own(case: Case) -> None:
 
 def test_a_measurement_that_fails_says_why(case: Case, tmp_path: Path) -> None:
     def of(**model: Any) -> Case:
-        return replace(case, bench=case.bench.model_copy(update={"model": ModelSpec(**model)}))
+        spec = ModelSpec(preprocessing={"size": case.image.shape[:2]}, **model)
+        return replace(case, bench=case.bench.model_copy(update={"model": spec}))
 
     (tmp_path / "flag").touch()
     dying = of(model="blackboxes:dies_once", args={"flag": str(tmp_path / "flag")})

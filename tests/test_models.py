@@ -18,7 +18,7 @@ from torch import nn
 
 import mcrise_ray as mr
 from mcrise_ray import tuning, zoo
-from mcrise_ray.errors import ModelError, SpecError
+from mcrise_ray.errors import ImageError, ModelError, SpecError
 
 SMALL = {"size": (16, 24)}
 SHARED = Path(__file__).parents[2] / "shared"
@@ -132,6 +132,21 @@ def test_a_network_may_write_to_its_batch() -> None:
 def test_a_crop_of_any_size_has_the_usual_margin(fields: dict, side: int) -> None:
     model = mr.load_model("networks:tiny", preprocessing=fields)
     assert model.preprocessing.shorter_side == side
+
+
+def test_an_image_that_is_not_prepared_is_refused_and_not_scored_at_another_size() -> None:
+    image, spec = np.zeros((40, 30, 3), np.uint8), mr.ExplainSpec(masks=2)
+    model = mr.load_model("networks:tiny", preprocessing=SMALL)
+    embedder = mr.load_embedder("networks:tiny", preprocessing=SMALL)
+    told = r"expected an image of 16 x 24 pixels, .* found 40 x 30; .*model\.prepare"
+    with pytest.raises(ImageError, match=told):
+        mr.explain(model, image, spec=spec)
+    with pytest.raises(ImageError, match=told):
+        mr.embeddings_of(embedder, image[None])
+    with pytest.raises(ImageError, match=told):
+        mr.explain(mr.similarity(embedder, np.ones(5), np.ones((1, 5)), d0=1.0), image, 0, spec)
+    assert mr.explain(model, model.prepare(image), spec=spec).maps.shape == (1, 5, 16, 24)
+    assert mr.explain(model.black_box, image, spec=spec).maps.shape == (1, 5, 40, 30)
 
 
 def test_logits_are_explained_when_asked_for_in_so_many_words() -> None:
