@@ -30,6 +30,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda scores: scores,
 }
 
+_DIFFERENT_IN_TRAINING = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+
 _AXES: dict[Kind, str] = {"scores": "classes", "embeddings": "dimensions"}
 
 
@@ -119,10 +121,26 @@ class HasInputSpace(Protocol):
 
 
 def input_space(black_box: BlackBox) -> InputSpace:
-    """The normalised space for a black box of ours (blending is affine: it commutes), RGB for any other."""
+    """The normalised space for a black box of ours (blending is affine: it commutes), RGB for any other.
+
+    Raises:
+        ModelError: a layer of the network is in training mode.
+    """
+    if isinstance(black_box, nn.Module):
+        _check_evaluates(black_box)
     if isinstance(black_box, HasInputSpace):
         return black_box.input_space()
     return InputSpace(black_box, device_of(black_box))
+
+
+def _check_evaluates(network: nn.Module) -> None:
+    """Scores would depend on chance or on the rest of the batch, and averages in the network would move."""
+    for name, layer in network.named_modules():
+        if layer.training and isinstance(layer, _DIFFERENT_IN_TRAINING):
+            raise ModelError(
+                f"expected a network in evaluation mode, found its {type(layer).__name__} {name!r} in "
+                "training mode; call .eval() on the network"
+            )
 
 
 def device_of(black_box: BlackBox) -> torch.device:

@@ -222,6 +222,16 @@ def test_what_is_no_index_of_a_class_is_told(targets: object, shapes_unchecked: 
         mr.explain(channel_means, IMAGE, targets, SPEC)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3), nn.Dropout(0.2)])
+def test_a_network_in_training_mode_is_refused(layer: nn.Module) -> None:
+    network = nn.Sequential(layer, Means())
+    for box in (network, mr.Classifier(network), mr.similarity(network, np.ones(3), np.ones((1, 3)), d0=1.0)):
+        with pytest.raises(errors.ModelError, match=r"evaluation mode, found its \w+ '.*0' .*\.eval\(\)"):
+            mr.explain(box, IMAGE, 0, SPEC)
+    network.eval()
+    assert mr.explain(mr.Classifier(network), IMAGE, 0, SPEC).masks == 128
+
+
 def test_no_targets_are_refused() -> None:
     with pytest.raises(errors.TargetError, match="expected at least one target, found none"):
         mr.explain(channel_means, IMAGE, [], SPEC)
