@@ -157,7 +157,8 @@ def explain(
         on_progress: called with the number of masks done since the last call.
 
     Raises:
-        ImageError, TargetError, ScoreError, ModelError, SpecError.
+        ImageError, TargetError, ScoreError, ModelError, SpecError: see there.
+        MemoryError, torch.OutOfMemoryError: a batch is too large; turn `batch_size` down.
     """
     if batch_size < 1:
         raise SpecError(f"batch_size: expected at least 1, found {batch_size}")
