@@ -221,7 +221,8 @@ def launch(function: BlackBox, images: Float[Tensor, "B 3 H W"], *, kind: Kind =
         )
         raise (hardware_error(error, raised) or ModelError(raised)) from error
     try:
-        tensor = answer if isinstance(answer, Tensor) else torch.as_tensor(answer, device="cpu")
+        # Copied: of arrays that are read-only, as those of JAX are, torch would warn.
+        tensor = answer if isinstance(answer, Tensor) else torch.tensor(answer, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ScoreError(
             f"expected {kind} as one tensor, array or list of numbers from the model, found "

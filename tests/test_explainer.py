@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -70,6 +71,18 @@ def test_a_classifier_gives_what_the_same_function_of_rgb_gives() -> None:
 def test_a_black_box_may_return_lists_and_arrays(kind: type) -> None:
     result = mr.explain(lambda images: kind(channel_means(images).tolist()), IMAGE, 0, SPEC)
     np.testing.assert_allclose(result.maps, mr.explain(channel_means, IMAGE, 0, SPEC).maps, atol=1e-6)
+
+
+def test_a_black_box_may_return_what_must_not_be_written_to() -> None:
+    def frozen(images: Tensor) -> np.ndarray:
+        scores = channel_means(images).numpy().copy()
+        scores.flags.writeable = False
+        return scores
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = mr.explain(frozen, IMAGE, 0, SPEC)
+    np.testing.assert_array_equal(result.maps, mr.explain(channel_means, IMAGE, 0, SPEC).maps)
 
 
 def test_a_black_box_may_write_to_its_batch() -> None:
