@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
 from typing import Final, cast
@@ -20,6 +20,8 @@ import pyarrow.fs
 
 from mcrise_ray.errors import ImageError
 
+Location = str | os.PathLike[str]
+
 SCHEMES: Final = ("s3", "gs", "hdfs", "file")
 
 LOCK: Final = "lock.json"
@@ -27,6 +29,11 @@ LOCK: Final = "lock.json"
 
 _SORTED_UP_TO = 100_000  # names of one folder held in memory to sort them
 _BUFFER = 1 << 20  # bytes per request to an object store
+
+
+def texts(given: Location | Sequence[Location]) -> tuple[str, ...]:
+    """One location, or several, as text."""
+    return tuple(os.fspath(one) for one in ([given] if isinstance(given, str | os.PathLike) else given))
 
 
 def is_url(location: str) -> bool:

@@ -99,8 +99,8 @@ class ImageSource:
         ImageError: the first source of its kind is not there, or is not what its name says.
     """
 
-    def __init__(self, sources: str | Sequence[str]) -> None:
-        self.sources = (sources,) if isinstance(sources, str) else tuple(sources)
+    def __init__(self, sources: files.Location | Sequence[files.Location]) -> None:
+        self.sources = files.texts(sources)
         for source in self.sources:
             try:
                 _check(next(_expand(source)))
@@ -127,7 +127,7 @@ class ImageSource:
         return any(column in _columns(one) for source in self.sources for one in _expand(source))
 
 
-def read_image(uri: str, options: DecodeOptions | None = None) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(uri: files.Location, options: DecodeOptions | None = None) -> UInt8[np.ndarray, "h w 3"]:
     """Read and decode one image, in whatever process, from its URI alone; see `decode` for the conversion.
 
     Args:
@@ -138,7 +138,7 @@ def read_image(uri: str, options: DecodeOptions | None = None) -> UInt8[np.ndarr
     Raises:
         ImageError: missing, unreadable, refused, or no image.
     """
-    options = DecodeOptions() if options is None else options
+    uri, options = os.fspath(uri), DecodeOptions() if options is None else options
     try:
         content = shards.read_inside(uri, options)
         if isinstance(content, np.ndarray):

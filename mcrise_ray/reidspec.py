@@ -9,10 +9,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from mcrise_ray.errors import SpecError
 from mcrise_ray.matching import parse_matches
 from mcrise_ray.reid import DistanceKind
-from mcrise_ray.spec import StrictModel
+from mcrise_ray.spec import StrictModel, as_text
 
 
 def _one_or_more(sources: Any) -> Any:
+    if isinstance(sources, list | tuple):
+        return tuple(map(as_text, sources))
     return (sources,) if isinstance(sources, str) else sources
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from numbers import Integral
@@ -51,6 +52,16 @@ class StrictModel(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise SpecError(one_line(error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_as_text(cls, values: Any) -> Any:
+        return {name: as_text(v) for name, v in values.items()} if isinstance(values, dict) else values
+
+
+def as_text(value: Any) -> Any:
+    """The text of a `pathlib.Path`; anything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def one_line(error: ValidationError) -> str:

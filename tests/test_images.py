@@ -776,3 +776,16 @@ def test_missing_objects_and_buckets(s3: str) -> None:
         ImageSource(s3.format("nowhere"))
     manifest = replace(next(iter(ImageSource(s3.format("list.csv")))), image_id="x")
     assert manifest == ImageRef("x", s3.format("folder/cat/a%20b.png"), 0, (1, "dog"))
+
+
+def test_paths_of_pathlib_are_taken_wherever_text_is(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(file)
+    assert read_image(file).shape == (4, 5, 3)
+    assert list(ImageSource(file)) == list(ImageSource([file])) == list(ImageSource(str(file)))
+    settings = {"weights": tmp_path / "w.pt", "classes": tmp_path / "names.txt"}
+    paths = JobSpec(images=[file], model={"model": "timm:x", **settings}, output=tmp_path / "out")
+    texts = {name: str(value) for name, value in settings.items()}
+    text = JobSpec(images=str(file), model={"model": "timm:x", **texts}, output=str(tmp_path / "out"))
+    assert paths == text == JobSpec(**{**dict(text), "images": file})
+    assert paths.hash == text.hash
