@@ -101,7 +101,7 @@ def write_whole(filesystem: pyarrow.fs.FileSystem, path: str, content: bytes | p
             with open(written, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(written, path)
-    except OSError:
+    except BaseException:  # Ctrl-C as well
         if local and os.path.exists(written):
             os.unlink(written)
         raise

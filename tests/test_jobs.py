@@ -525,9 +525,15 @@ def test_a_failing_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(errors.StoreError, match=r"cannot write job.json .*No space left on device"):
         store.write_job({"state": "running"})
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.write_figure("a.png", b"")
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
