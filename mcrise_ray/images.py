@@ -178,8 +178,9 @@ def _kind(source: str) -> str:
             "expected an uncompressed tar file, because members are read where they lie; unpack it"
         )
     suffix = os.path.splitext(name)[1]
-    if found == "missing" and suffix not in SUFFIXES:
-        raise ImageError("expected a file or a folder, found nothing there")
+    if found == "missing" and (suffix not in SUFFIXES or "*" in source):
+        hint = "; of patterns only {000..009} is known here, others are a shell's" if "*" in source else ""
+        raise ImageError(f"expected a file or a folder, found nothing there{hint}")
     return suffix[1:] if suffix in {".csv", ".parquet", ".tar"} else "file"
 
 

@@ -222,6 +222,7 @@ def test_labels_of_caltech(tmp_path: Path) -> None:
         ("nowhere", "expected a file or a folder, found nothing there"),
         ("nowhere.csv", "expected a file or a folder, found nothing there"),
         ("nowhere-{00..11}.tar", "expected a file or a folder, found nothing there"),
+        ("nowhere/*.jpg", r"found nothing there; of patterns only \{000..009\} is known here"),
         ("shard-{11..00}.tar", "expected a range that goes up"),
         ("imagefolder:nowhere", "no such file"),
         ("http://example.org/a.png", r"expected a local path or one of s3://, gs://, hdfs://"),
