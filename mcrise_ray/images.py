@@ -313,7 +313,7 @@ def _manifest_ref(where: str, base: str, uri: Any, label: Any, target: Any, pid:
     if not isinstance(uri, str) or not uri:
         return _bad_row(where, f"expected a uri, found {uri!r}")
     location = uri if uri.startswith(shards.TORCHVISION) else files.join(base, uri)
-    if not uri.isascii():
+    if not (uri.isascii() and location.isascii()):
         uri, location = files.printable(uri), files.location_of(location)
     try:
         identity = _number("pid", pid), _number("camid", camid)

@@ -296,6 +296,17 @@ def test_a_quote_that_never_ends_hides_no_rows(tmp_path: Path) -> None:
     assert open_quote.problem == f"{manifest}#line=4: unexpected end of data; the row ends in line 6"
 
 
+def test_a_manifest_may_be_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/latin-\xe9"))
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(3))
+    (folder / "list.csv").write_text("uri\na.png\n")
+    (ref,) = ImageSource(str(folder / "list.csv"))
+    assert ref.image_id == "a.png"
+    assert ref.uri.encode()  # or no table could hold it
+    assert color_of(ref.uri) == 3
+
+
 def test_rows_of_a_parquet_manifest(tmp_path: Path) -> None:
     table = pa.table(
         {"uri": ["a.png", None, "", "b.png", "/c.png"], "label": [1.0, 2.0, 3.0, 0.5, float("nan")]}
