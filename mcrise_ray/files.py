@@ -92,9 +92,11 @@ def write_whole(filesystem: pyarrow.fs.FileSystem, path: str, content: bytes | p
         OSError: it cannot be written.
     """
     local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
-    written = f"{path}.tmp-{os.getpid()}" if local else path
+    folder, _, name = path.rpartition("/")
+    # Hidden, so that it is not there for programs that read all of a folder, as pandas does.
+    written = f"{folder}/.{name}.tmp-{os.getpid()}" if local else path
     try:
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        filesystem.create_dir(folder, recursive=True)
         with filesystem.open_output_stream(written) as stream:
             stream.write(content)
         if local:

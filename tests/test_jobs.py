@@ -37,6 +37,7 @@ from mcrise_ray.guide import Guide
 from mcrise_ray.jobs import draw_figures, run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
+from mcrise_ray.rows import ErrorRow
 from mcrise_ray.spec import ExplainSpec
 from mcrise_ray.store import Store
 from mcrise_ray.tasks import Call
@@ -517,6 +518,18 @@ def test_no_job_with_a_secret_is_run(folder: Path, tmp_path: Path, changes: dict
         run_job(spec, Silent())
     assert "hunter2" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_being_written_hides_from_who_reads_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path / "out"))
+    store.write_errors(0, [ErrorRow("a", "a", "read", "gone")])
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append(len(pd.read_parquet(tmp_path / "out" / "errors"))))
+    store.write_errors(1, [ErrorRow("b", "b", "read", "gone")])
+    assert seen == [1]
+    assert len(pd.read_parquet(tmp_path / "out" / "errors")) == 2
 
 
 def test_a_failing_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
