@@ -118,7 +118,8 @@ def read_pairs(location: str) -> dict[str, list[str]]:
     except ImageError as error:
         raise ImageError(f"{files.shown(location)}: {error}; check --pairs") from error
     with opened as file:
-        reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""))
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, strict=True)  # so that a quote that never ends hides no pairs
         try:
             lines = [(reader.line_num, row) for row in reader]
         except (csv.Error, OSError) as error:

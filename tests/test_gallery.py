@@ -320,6 +320,9 @@ def test_named_pairs(tmp_path: Path) -> None:
     pairs.write_text('query,match\n"q1.png,a.png\n' + "q2.png,b.png\n" * 20_000)  # of quotes that never end
     with pytest.raises(ImageError, match=r"pairs.csv#line=\d+: field larger than .*; check --pairs"):
         read_pairs(str(pairs))
+    pairs.write_text('query,match\nq1.png,"a.png\nq2.png,b.png\n')
+    with pytest.raises(ImageError, match=r"pairs.csv#line=3: unexpected end of data; check --pairs"):
+        read_pairs(str(pairs))
     pairs.write_text("a,b\n")
     with pytest.raises(ImageError, match="expected a first line with the columns query,match, found"):
         read_pairs(str(pairs))
