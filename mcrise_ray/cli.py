@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -237,11 +238,14 @@ def _run_and_report(
     from mcrise_ray.jobs import draw_figures, run_job
     from mcrise_ray.progress import log_format, reporter_for
 
+    reporter = reporter_for(log_format(log), Console(stderr=True))
+    # What a model prints, in an actor too, whose lines Ray prints here, would stand among the JSON objects.
     # Signals after Ray, which sets a handler of its own when it connects.
     with (
+        redirect_stdout(sys.stderr) if log == "json" else nullcontext(),
         joined(address, insecure=insecure),
         _stopped_by_signals(job.output),
-        reporter_for(log_format(log), Console(stderr=True)) as reporter,
+        reporter,
     ):
         summary = run_job(job, reporter, overwrite=overwrite, retry_errors=retry_errors)
         figures = draw_figures(job, reporter)

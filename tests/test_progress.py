@@ -246,6 +246,14 @@ def test_a_run_with_a_structured_log_prints_nothing_else(
     assert (lines[-1]["images"], lines[-1]["errors"], lines[-1]["masks"]) == (1, 1, 128)
 
 
+def test_what_a_model_prints_is_not_among_the_objects_of_a_structured_log(file: Path) -> None:
+    file.write_text(file.read_text().replace("small_network", "talking_network"))
+    done = mcrise("run", file, "--log", "json")
+    assert json.loads(done.stdout.splitlines()[-1])["event"] == "done"
+    assert all(line.startswith("{") for line in done.stdout.splitlines())
+    assert done.stderr == "loading\n"
+
+
 def test_a_structured_log_ends_with_the_end(file: Path) -> None:
     """Who reads until then hears of figures, too."""
     file.write_text(file.read_text().replace("figures: 0", "figures: 1"))
