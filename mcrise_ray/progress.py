@@ -150,7 +150,10 @@ class _Pace:
 
     @property
     def rate(self) -> float:
-        """Masks per second."""
+        """Masks per second, since the first ones: what came before them were models on their way."""
+        took = time.monotonic() - self.first
+        if self.masks > self.first_masks and took > 0:
+            return (self.masks - self.first_masks) / took
         return self.masks / self.elapsed if self.elapsed > 0 else 0.0
 
     def score(self, masks: int) -> None:
@@ -176,13 +179,12 @@ class _Pace:
 
     @property
     def seconds_left(self) -> float | None:
-        """From the pace since the first masks: what came before them were models on their way."""
-        took, masks = time.monotonic() - self.first, self.masks - self.first_masks
-        each = self.usual_masks
-        if self.images is None or each is None or not masks or took < _LOG_EVERY:
+        """At the pace since the first masks, once that has shown."""
+        each, has_pace = self.usual_masks, self.masks > self.first_masks
+        if self.images is None or each is None or not has_pace or time.monotonic() - self.first < _LOG_EVERY:
             return None
         to_do = (self.images - self.earlier - self.failed) * each - self.masks - self.kept
-        return max(to_do, 0) * took / masks
+        return max(to_do, 0) / self.rate
 
 
 _Kind = TypeVar("_Kind", bound="_Tracking")

@@ -25,7 +25,7 @@ class Progress:
         images_total: None while the listing goes on.
         errors: images with an error row.
         masks_done: scored by this run, whereas images and errors are those of all runs.
-        masks_per_second: lately.
+        masks_per_second: since its first ones.
         seconds_left: None where nobody can tell.
         updated: when it said so, by its clock.
         relative_error: of the images of late, median, of each its worst map's.
