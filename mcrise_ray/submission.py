@@ -134,10 +134,22 @@ class SubmittedJob:
             loop.close()
 
     def stop(self, timeout: float = 90.0) -> JobStatus:
-        """Stop the job and wait for its end; what it has committed stays, and submitting it again resumes."""
+        """Stop the job and wait for its end; what it has committed stays, and submitting it again resumes.
+
+        Raises:
+            ClusterError: it has not ended within `timeout` seconds.
+        """
         with errors_of(self._address):
             self._client.stop_job(self.id)
-        return self.wait(timeout, every=0.5)
+        try:
+            return self.wait(timeout, every=0.5)
+        except ClusterError as error:
+            if self.status().state != "PENDING":
+                raise
+            raise ClusterError(
+                f"{self.id} has not begun, and Ray stops no job that waits for what its driver asks for: it "
+                "will be stopped as soon as it begins, or given up a quarter of an hour after its submission"
+            ) from error
 
     def results(self) -> Results:
         """What the job has committed so far.

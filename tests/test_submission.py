@@ -509,6 +509,19 @@ def test_waiting_outlasts_a_tunnel_that_breaks_for_a_moment(monkeypatch: pytest.
     assert gone.asked == 7
 
 
+def test_stopping_a_job_that_waits_says_when_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a driver that asks for more than there is: Ray can tell a job to stop only once it has begun."""
+    stopped: list[str] = []
+    monkeypatch.setattr(Tunnel, "stop_job", lambda server, name: stopped.append(name), raising=False)
+    for state, told in (
+        ("PENDING", r"^job has not begun, .* stopped as soon as it begins"),
+        ("RUNNING", "to end within"),
+    ):
+        with pytest.raises(ClusterError, match=told):
+            SubmittedJob(Tunnel([state] * 3), "http://here", "job", "").stop(timeout=-1)
+    assert stopped == ["job", "job"]
+
+
 def test_what_a_submission_asks_for(server: FakeServer, tmp_path: Path) -> None:
     (tmp_path / "sent").mkdir()
     spec = job(tmp_path / "sent" / "images", tmp_path / "out")
