@@ -1,6 +1,6 @@
 """From a model string, as users write it, to a black box with its preprocessing and class names.
 
-A model is asked a few images of noise as soon as it is built, so that a wrong size, a missing softmax or a
+A model is asked a few images as soon as it is built, so that a wrong size, a missing softmax or a
 network in training mode is an error at once, and not a folder of wrong maps.
 """
 
@@ -255,15 +255,16 @@ def _load_server(spec: ModelSpec, device: torch.device) -> Loaded:
 def _check(
     black_box: BlackBox, preprocessing: Preprocessing, loaded: Loaded, spec: ModelSpec
 ) -> Float64[np.ndarray, " C"]:
-    """The outputs for noise of a model that answers as it should to two images of it.
+    """The outputs for noise of a model that answers as it should to noise and black to white.
 
     Raises:
         ModelError: it does not; the message names the knob to turn.
     """
     height, width = preprocessing.size
-    noise = torch.from_numpy(np.random.default_rng(0).random((2, 3, height, width), np.float32))
+    noise = np.random.default_rng(0).random((2, 3, height, width), np.float32)
+    noise[1] = np.linspace(0, 1, width, dtype=np.float32)  # noise again would have the same statistics
     space = input_space(black_box)
-    images = space.normalize(noise.to(space.device))
+    images = space.normalize(torch.from_numpy(noise).to(space.device))
     # Before the activation: a softmax makes anything look like probabilities.
     function = black_box.outputs if isinstance(black_box, Classifier) else space.function
     try:

@@ -118,6 +118,15 @@ def over_the_batch() -> nn.Module:
     return Returns(lambda images: images.mean((2, 3)) * 50 * len(images) - 40)
 
 
+def in_training_mode() -> nn.Module:
+    """It reaches its layers by a closure, and so is not told to leave that mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
+        head = nn.Linear(8, CLASSES)
+    return Returns(lambda images: head(layers(images).mean((2, 3))))
+
+
 def fixed_size() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
 
