@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64, UInt8
 from torch import Tensor, nn
 
 from mcrise_ray import zoo
-from mcrise_ray.errors import ModelError, ScoreError
+from mcrise_ray.errors import ModelError, ScoreError, ServerError
 from mcrise_ray.loading import Loaded, ModelSpec, first_line, optional, options_of, ready
 from mcrise_ray.models import Loader, ModelFacts, load_network, resolved, wrapped
 from mcrise_ray.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
@@ -154,6 +154,8 @@ def _check(black_box: BlackBox, preprocessing: Preprocessing, spec: ModelSpec) -
     try:
         embeddings = ask(space.function, images.clone(), kind="embeddings")
         alone = ask(space.function, images[:1].clone(), kind="embeddings")
+    except ServerError:
+        raise
     except (ModelError, ScoreError) as error:
         raise ModelError(
             f"--model {spec.model} fails on noise of {height} x {width} pixels: {error}; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from jaxtyping import Float, Float64, UInt8
 from torch import Tensor, nn
 
 from mcrise_ray import programs, zoo
-from mcrise_ray.errors import ModelError, ScoreError, TargetError
+from mcrise_ray.errors import ModelError, ScoreError, ServerError, TargetError
 from mcrise_ray.loading import FORMS, Loaded, ModelSpec, read_class_names
 from mcrise_ray.preprocess import NO_NORMALISATION, Preprocessing, Triple
 from mcrise_ray.scores import BlackBox, Classifier, InputSpace, ask, input_space
@@ -270,10 +271,12 @@ def _check(
     try:
         raw = ask(function, images.clone())
         alone = ask(function, images[:1].clone())
+    except ServerError:
+        raise
     except (ModelError, ScoreError) as error:
         raise ModelError(
             f"--model {spec.model} fails on noise of {height} x {width} pixels: {error}; "
-            f"check {_suspects(loaded.network)}"
+            f"check {_suspects(loaded.network, function, images[:1])}"
         ) from error
     difference, largest = float(np.abs(raw[:1] - alone).max()), max(1.0, float(np.abs(raw).max()))
     if difference > _AGREEMENT * largest:
@@ -286,8 +289,11 @@ def _check(
     return outputs
 
 
-def _suspects(network: BlackBox) -> str:
-    """What may be wrong where a model fails."""
+def _suspects(network: BlackBox, function: BlackBox, image: Float[Tensor, "1 3 H W"]) -> str:
+    """What may be wrong where a model fails on several images."""
+    with suppress(ModelError, ScoreError):
+        ask(function, image.clone())
+        return "that it takes batches, because one image alone is no problem: a factory may ask one by one"
     weights = network.parameters() if isinstance(network, nn.Module) else ()
     others = {str(weight.dtype) for weight in weights if weight.is_floating_point()} - {"torch.float32"}
     if others:

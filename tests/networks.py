@@ -127,6 +127,10 @@ def in_training_mode() -> nn.Module:
     return Returns(lambda images: head(layers(images).mean((2, 3))))
 
 
+def one_by_one() -> nn.Module:
+    return Returns(lambda images: 9 * images.view(3, -1).mean(1)[None])
+
+
 def fixed_size() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
 

@@ -178,6 +178,7 @@ def test_logits_are_explained_when_asked_for_in_so_many_words() -> None:
         ),
         ("over_the_batch", {}, "other scores alone than in a batch of two .*training mode"),
         ("in_training_mode", {}, "other scores alone than in a batch of two .*training mode"),
+        ("one_by_one", {}, r"of shape \(2, classes\).* found \(1, 3\); check that it takes batches, because"),
         ("fails", {}, "--model networks:fails raised ValueError: no such file"),
         ("number", {}, "expected an nn.Module or a callable from --model networks:number, found int"),
         ("absent", {}, "cannot import --model networks:absent: .* expected package.module:factory"),

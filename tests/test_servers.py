@@ -261,6 +261,14 @@ def test_patience_has_an_end(script: Script) -> None:
     assert pauses == [0.25, 0.5, 1, 2, 4, 8, 8]
 
 
+@pytest.mark.parametrize("load", [mr.load_model, mr.load_embedder])
+def test_a_server_that_does_not_answer_is_told_as_such(script: Script, load: Callable[..., object]) -> None:
+    """It says nothing about `--size` and `--weights`, of which the check of a model warns."""
+    script.faults = [lambda: reply({"error": "loading"}, 503)] * 3
+    with pytest.raises(ServerError, match=r"answered 503 .*: loading; tried 1 times \(\?retries=\)$"):
+        load(f"{script.url}?retries=0")
+
+
 def test_a_silent_server_is_a_time_out(script: Script) -> None:
     model, pauses = connect(script, "?timeout=0.5&retries=1")
     over = threading.Event()
