@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -145,7 +146,8 @@ def optional(module: str, extra: str) -> ModuleType:
 def ready(network: nn.Module, device: torch.device) -> nn.Module:
     """A network in inference mode on a device."""
     try:
-        network.eval()
+        with suppress(NotImplementedError):  # of programs of torch.export, which have one mode alone
+            network.eval()
         for weight in network.parameters():  # one by one: TorchScript knows no other way
             weight.requires_grad_(False)
         return network.to(device)

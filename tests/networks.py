@@ -160,6 +160,11 @@ def scripted() -> nn.Module:
     return torch.jit.script(Tiny())
 
 
+def exported() -> nn.Module:
+    batch = ({0: torch.export.Dim("batch")},)
+    return torch.export.export(Tiny().eval(), (torch.zeros(2, 3, 16, 24),), dynamic_shapes=batch).module()
+
+
 def frozen() -> nn.Module:
     return torch.jit.freeze(torch.jit.script(Tiny().eval()))
 

@@ -91,8 +91,8 @@ def test_a_classifier_may_be_of_a_function() -> None:
     torch.testing.assert_close(model(images), networks.own_classifier().eval()(images))
 
 
-@pytest.mark.parametrize("factory", ["scripted", "frozen"])
-def test_factory_of_torchscript(factory: str) -> None:
+@pytest.mark.parametrize("factory", ["scripted", "frozen", "exported"])
+def test_factory_of_a_program(factory: str) -> None:
     model = mr.load_model(f"networks:{factory}", preprocessing=SMALL)
     images = noise((16, 24))
     torch.testing.assert_close(
