@@ -210,11 +210,11 @@ def load_state(network: nn.Module, state: dict[str, Tensor], spec: ModelSpec) ->
 
 
 def class_count(network: nn.Module, state: dict[str, Tensor]) -> dict[str, int]:
-    """`num_classes` where the weights differ from the default network in their last bias alone."""
-    biases = {key: value for key, value in network.state_dict().items() if key.endswith("bias")}
-    last = next(reversed(biases), "")
+    """`num_classes` where the last layer of the weights differs from that of the default network."""
+    parameters = dict(network.named_parameters())
+    last = next(reversed(parameters), "")
     found = state.get(last)
-    return {} if found is None or found.shape == biases[last].shape else {"num_classes": len(found)}
+    return {} if found is None or found.shape == parameters[last].shape else {"num_classes": len(found)}
 
 
 def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:

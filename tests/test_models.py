@@ -19,6 +19,7 @@ from torch import nn
 import mcrise_ray as mr
 from mcrise_ray import tuning, zoo
 from mcrise_ray.errors import ImageError, ModelError, SpecError
+from mcrise_ray.loading import class_count
 
 SMALL = {"size": (16, 24)}
 SHARED = Path(__file__).parents[2] / "shared"
@@ -338,6 +339,16 @@ def test_torchvision_counts_classes_of_weights(tmp_path: Path, query: str) -> No
     save_file(torchvision.models.get_model("squeezenet1_1", num_classes=6).state_dict(), path)
     model = mr.load_model(f"torchvision:squeezenet1_1{query}", weights=path, preprocessing={"size": (64, 64)})
     assert (model.classes, model.preprocessing.size) == (6, (64, 64))
+
+
+def test_classes_are_counted_of_a_last_layer_without_bias() -> None:
+    """As that of torchvision's MaxViT."""
+
+    def network(classes: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, classes, bias=False))
+
+    assert class_count(network(5), network(7).state_dict()) == {"num_classes": 7}
+    assert class_count(network(5), network(5).state_dict()) == {}
 
 
 def test_torchvision_weights_tell_preprocessing_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
