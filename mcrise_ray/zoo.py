@@ -237,6 +237,11 @@ def _torchvision_pretrained(name: str, asked: str, device: torch.device) -> Load
         raise ModelError(f"expected ?weights= to be {have} for {name}, found {asked!r}") from None
     except OSError as error:
         raise ModelError(f"cannot download weights of {name}: {error}; use --weights FILE") from error
+    except Exception as error:  # of a file that a download has left in pieces, or that is another's
+        raise ModelError(
+            f"cannot read weights of {name} in {torch.hub.get_dir()}/checkpoints: {first_line(error)}; "
+            "remove the file there, or use --weights FILE"
+        ) from error
     preset = weights.transforms()
     fields = {
         "size": (preset.crop_size[0], preset.crop_size[0]),

@@ -371,6 +371,17 @@ def test_torchvision_weights_tell_preprocessing_and_names(monkeypatch: pytest.Mo
     assert half.preprocessing.shorter_side == 128
 
 
+def test_torchvision_weights_that_are_broken_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    weights = torchvision.models.get_model_weights("mobilenet_v3_small")["IMAGENET1K_V1"]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / Path(weights.url).name).write_bytes(b"half of a file")
+    with pytest.raises(ModelError, match=rf"in {tmp_path}/checkpoints: .*; remove the file there, or use"):
+        mr.load_model("torchvision:mobilenet_v3_small?weights=IMAGENET1K_V1")
+
+
 def test_timm_tells_preprocessing(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     model = mr.load_model("timm:mobilenetv3_small_050?num_classes=7")
