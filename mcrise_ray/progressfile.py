@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from mcrise_ray import files
 from mcrise_ray.errors import ImageError
 
 NAME: Final = "progress.json"
 """Of the file, directly in the output."""
+
+TIME: Final = "%Y-%m-%dT%H:%M:%S%z"
+"""The format of times in it."""
+
+
+def _is_time(text: str) -> str:
+    datetime.strptime(text, TIME)
+    return text
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Progress:
     masks_done: int
     masks_per_second: float
     seconds_left: float | None
-    updated: str
+    updated: Annotated[str, AfterValidator(_is_time)]
     relative_error: float | None = None
     actors: int = 0
     retries: int = 0
@@ -52,7 +60,7 @@ class Progress:
     @property
     def seconds(self) -> float:
         """When it said so, since 1970."""
-        return datetime.strptime(self.updated, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+        return datetime.strptime(self.updated, TIME).timestamp()
 
 
 _PROGRESS = TypeAdapter(Progress)

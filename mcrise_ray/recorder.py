@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mcrise_ray import progressfile
 from mcrise_ray.bookkeeping import Bookkeeping
 from mcrise_ray.checkpoints import Checkpoints
 from mcrise_ray.errors import StoreError
@@ -267,24 +268,22 @@ class Recorder:
     def _write_progress(self, state: str) -> None:
         since, first = self._scoring or (time.monotonic(), 0)
         seconds = time.monotonic() - since
-        self._store.write_json(
-            "progress.json",
-            {
-                "state": state,
-                "job": self._job.hash,
-                "images_done": self.counts.images,
-                "errors": self.counts.errors,
-                "masks_done": self.counts.masks,
-                "masks_per_second": (self.counts.masks - first) / seconds if seconds > 0 else 0.0,
-                **self._reporter.outlook(),
-                **({"seconds_left": 0.0} if state == "done" else {}),  # images may have taken fewer masks
-                "relative_error": float(np.median(errors)) if (errors := self._relative_errors) else None,
-                "actors": self._actors,
-                "retries": self._retries,
-                "embedded": self._ledger.embedded,
-                "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            },
-        )
+        told = {
+            "state": state,
+            "job": self._job.hash,
+            "images_done": self.counts.images,
+            "errors": self.counts.errors,
+            "masks_done": self.counts.masks,
+            "masks_per_second": (self.counts.masks - first) / seconds if seconds > 0 else 0.0,
+            **self._reporter.outlook(),
+            **({"seconds_left": 0.0} if state == "done" else {}),  # images may have taken fewer masks
+            "relative_error": float(np.median(errors)) if (errors := self._relative_errors) else None,
+            "actors": self._actors,
+            "retries": self._retries,
+            "embedded": self._ledger.embedded,
+            "updated": time.strftime(progressfile.TIME),
+        }
+        self._store.write_json(progressfile.NAME, told)
 
 
 @dataclass

@@ -259,13 +259,15 @@ def test_progress_is_read_from_the_output(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text(
         '{"state": "running", "images_done": 3, "images_total": null, "errors": 1, "masks_done": 900, '
         '"masks_per_second": 30.5, "seconds_left": null, "relative_error": 0.25, '
-        '"updated": "2026-11-23T16:00"}'
+        '"updated": "2026-11-23T16:00:00+0000"}'
     )
     progress = read_progress(str(tmp_path))
     assert progress is not None
     assert (progress.images_done, progress.images_total, progress.relative_error) == (3, None, 0.25)
-    (tmp_path / "progress.json").write_text('{"state": "run')
-    assert read_progress(str(tmp_path)) is None
+    whole = (tmp_path / "progress.json").read_text()
+    for damaged in ('{"state": "run', whole.replace("2026-11-23", "yesterday")):
+        (tmp_path / "progress.json").write_text(damaged)
+        assert read_progress(str(tmp_path)) is None
 
 
 def test_an_unknown_job_is_named(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
