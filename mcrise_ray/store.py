@@ -191,12 +191,19 @@ class Store:
             return bytes(file.read())
 
     def read_json(self, name: str) -> Any:
-        """A JSON file; None where it does not exist."""
-        content = self.read(name)
+        """A JSON file, which holds an object; None where it does not exist."""
+        if (content := self.read(name)) is None:
+            return None
         try:
-            return None if content is None else json.loads(content)
+            found = json.loads(content)
+            if not isinstance(found, dict):
+                raise ValueError(f"found {found!r:.40}")
         except ValueError as error:
-            raise StoreError(f"expected JSON in {name} of {self.location}: {error}") from error
+            raise StoreError(
+                f"expected a JSON object in {name} of {self.location}: {error}; restore it, or choose "
+                "another output"
+            ) from error
+        return found
 
     def write_json(self, name: str, content: Any) -> None:
         """Replace a JSON file."""

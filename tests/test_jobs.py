@@ -715,6 +715,14 @@ def test_images_whose_masks_are_not_picked_though_that_is_asked_for_are_counted(
 # The ledger, without any worker.
 
 
+@pytest.mark.parametrize(("content", "found"), [('{"state": "run', "Unterminated string"), ("5", "found 5")])
+def test_a_damaged_job_json_is_told(folder: Path, tmp_path: Path, content: str, found: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "job.json").write_text(content)
+    with pytest.raises(errors.StoreError, match=rf"expected a JSON object in job\.json of .*: {found}"):
+        run_job(job(folder / "a.png", tmp_path / "out"), Silent())
+
+
 # The command line.
 
 
