@@ -23,6 +23,8 @@ _FREE_TO_CHANGE = frozenset(
 
 _PREDICTED: Final = ("predicted",)
 
+_LEAST_GPU: Final = 0.0001  # as finely as Ray counts
+
 
 class ActorRange(StrictModel):
     """How many actors a job works with on a cluster that grows.
@@ -145,9 +147,10 @@ class JobSpec(StrictModel):
     @field_validator("gpus_per_actor")
     @classmethod
     def _check_gpus(cls, gpus: float | None) -> float | None:
-        if gpus is not None and gpus > 1 and gpus != int(gpus):
+        if gpus is not None and (0 < gpus < _LEAST_GPU or (gpus > 1 and gpus != int(gpus))):
             raise ValueError(
-                f"expected a fraction below 1 or a whole number, as Ray shares GPUs, found {gpus}"
+                "expected a fraction below 1 or a whole number, as Ray shares GPUs, and nothing between 0 "
+                f"and {_LEAST_GPU}, found {gpus}"
             )
         return gpus
 

@@ -282,6 +282,10 @@ def test_what_only_looks_like_a_secret_passes() -> None:
         ({"actors": {"mix": 3}}, r"unknown key actors\.mix; did you mean actors\.min"),
         ({"actors": True}, r"actors: expected auto, .*found True"),
         ({"gpus_per_actor": 1.5}, r"gpus_per_actor: expected a fraction below 1 or a whole number"),
+        (
+            {"gpus_per_actor": 1e-5},
+            r"gpus_per_actor: expected a fraction .* between 0 and 0.0001, found 1e-05",
+        ),
         ({"gpus_per_actor": -0.1}, r"gpus_per_actor: "),
         ({"cpus_per_actor": 0}, r"cpus_per_actor: "),
         ({"max_retries": -1}, r"max_retries: "),
