@@ -210,7 +210,7 @@ def adapted(model: AnyModel, network: nn.Module, precision: Precision, batch_siz
     if precision.onnxruntime:
         if model.device.type != "cpu":
             raise TypeError(f"onnxruntime is for the CPU, and the model is on {model.device}")
-        layers = converted(network, model.preprocessing.size)
+        layers = converted(network, model.preprocessing.size, batch_size)
     else:
         layers = Adapted(network, precision, batch_size)
     black_box = Classifier(

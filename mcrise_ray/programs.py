@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -124,18 +123,16 @@ def load_onnx(spec: ModelSpec, device: torch.device) -> Loaded:
     return Loaded(network, layout.preprocessing(), device if on_gpu else torch.device("cpu"))
 
 
-def converted(network: nn.Module, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+def converted(network: nn.Module, size: tuple[int, int], batch_size: int) -> Converted:
     """A network on the CPU as ONNX Runtime runs it there; an exported program in batches of its sizes.
 
     Raises:
         ModelError: ONNX Runtime or what exports to it is not installed. Whatever export raises passes
             through.
     """
-    if not isinstance(network, ExportedProgram):
-        return Converted(network, size)
-    least, most = network.least, network.most
-    ask = Converted(network.program, size, least if least == most else None)
-    return partial(in_parts, ask, least=least, most=most)
+    if isinstance(network, ExportedProgram):
+        return Converted(network.program, size, batch_size, network.least, network.most)
+    return Converted(network, size, batch_size)
 
 
 def _onnx_function(session: Any, name: str, output: str, layout: Layout) -> Callable[[Tensor], Tensor]:

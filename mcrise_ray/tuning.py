@@ -75,6 +75,7 @@ LARGEST_DIFFERENCE = 0.05
 
 _COMPARED = 64  # masked images
 _AT_ONCE = {"cpu": 16, "cuda": 64}  # large batches fall out of a CPU's caches, small ones leave a GPU idle
+_OF_A_THREAD = 2  # images; with fewer, threads that share a batch by its images are idle
 _FAST_IN_FLOAT16 = {"cuda"}  # a CPU without instructions for it takes many times as long as for float32
 _GAIN = 1.05  # what gains less is not worth a rounding
 _REPEATS = 5
@@ -203,7 +204,8 @@ class _Trials(Generic[AnyModel]):
         self._prepared = model.prepare(_random_colours() if image is None else image)
         self._images = Subject(model, self._prepared, spec).blend(draw(spec, 0, _COMPARED)).clone()
         self._spec, self._masks, self._scored = spec, masks, scored
-        self._at_once = min(_AT_ONCE[model.device.type], at_most)
+        busy = _OF_A_THREAD * torch.get_num_threads() if model.device.type == "cpu" else 1
+        self._at_once = min(max(_AT_ONCE[model.device.type], busy), at_most)
         self._reference: np.ndarray | None = None  # scores in float32, once precision is tried
         self.few = masks is not None and masks < _FEW
         black_box = scored(model, self._prepared)

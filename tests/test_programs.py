@@ -90,14 +90,14 @@ def test_onnxruntime_runs_networks_that_return_objects() -> None:
 
     network = Named().eval()
     torch.testing.assert_close(
-        programs.converted(network, SIZE)(noise(3)), network(noise(3)).logits.detach(), rtol=0, atol=1e-6
+        programs.converted(network, SIZE, 4)(noise(3)), network(noise(3)).logits.detach(), rtol=0, atol=1e-6
     )
 
 
 def test_without_onnxscript_nothing_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ModelError, match=r"cannot import onnxscript.*mcrise-ray\[onnx\]"):
-        programs.converted(networks.tiny().eval(), SIZE)
+        programs.converted(networks.tiny().eval(), SIZE, 4)
 
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])

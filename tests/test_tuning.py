@@ -209,8 +209,8 @@ def test_onnxruntime_is_kept_instead_of_all_else(monkeypatch: pytest.MonkeyPatch
         compiled.append(network)
         return network
 
-    def runs(network: nn.Module, size: tuple[int, int]) -> nn.Module:
-        assert size == SIZE
+    def runs(network: nn.Module, size: tuple[int, int], batch_size: int) -> nn.Module:
+        assert (size, batch_size) == (SIZE, 8)
         return nn.Sequential(network.conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), network.head)
 
     monkeypatch.setattr(torch, "compile", compiles)
