@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,25 +17,21 @@ from jaxtyping import UInt8
 from PIL import Image
 from pydantic import Field
 
-from mcrise_ray.baselines import BATCH_SIZE, rise_as_published, xaitk_mc_rise
-from mcrise_ray.errors import MCRiseError, ModelError, StoreError
+from mcrise_ray.contenders import Apart, Contender, Name, bare_forward
+from mcrise_ray.errors import StoreError
 from mcrise_ray.explainer import Subject, explain
 from mcrise_ray.images import read_image
 from mcrise_ray.jobs import run_job
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
-from mcrise_ray.masks import draw
-from mcrise_ray.memory import forget_peak, peak_memory
 from mcrise_ray.models import Model, load_model
 from mcrise_ray.plan import stages
 from mcrise_ray.precision import Execution
-from mcrise_ray.scores import launch
 from mcrise_ray.spec import ExplainSpec, StrictModel
 from mcrise_ray.timing import Ratio, alternate, in_turn
 from mcrise_ray.tuning import BatchSizeChoice, PrecisionChoice, settle
 
 Part = Literal["overhead", "fills", "targets", "rise", "xaitk", "actors"]
-Contender = Literal["rise", "xaitk", "ours"]
 
 FILLS = (1, 5, 16, 64)
 TARGETS = (1, 10, 100)
@@ -81,11 +75,10 @@ class BenchSpec(StrictModel):
 
 @dataclass(frozen=True)
 class Case:
-    """A model as it came and as it is asked best, and an image at its input size.
+    """A model as it is asked best, and an image at its input size.
 
     Attributes:
         bench: what is measured.
-        plain: the model in float32, for what others do.
         tuned: the model asked as `execution` says.
         execution: see `mcrise_ray.precision`.
         image: at the model's input size.
@@ -93,7 +86,6 @@ class Case:
     """
 
     bench: BenchSpec
-    plain: Model
     tuned: Model
     execution: Execution
     image: UInt8[np.ndarray, "H W 3"]
@@ -113,18 +105,23 @@ class Case:
         """Ours."""
         return explain(self.tuned, self.image, targets, spec, batch_size=self.execution.batch_size)
 
+    def contender(self, name: Name, spec: ExplainSpec) -> Contender:
+        """Somebody who explains the same image."""
+        size, threads = self.execution.batch_size, self.execution.threads
+        return Contender(name, self.bench.model, self.image, spec, size, threads)
+
 
 def prepare(bench: BenchSpec) -> Case:
-    """Load the model twice, choose how the second one is asked, and take the image."""
+    """Load the model, choose how it is asked, and take the image."""
     if bench.threads is not None:
         torch.set_num_threads(bench.threads)
-    plain, second = load_model(bench.model), load_model(bench.model)
-    noise = np.random.default_rng(0).integers(0, 256, (*plain.preprocessing.size, 3), dtype=np.uint8)
+    model = load_model(bench.model)
+    noise = np.random.default_rng(0).integers(0, 256, (*model.preprocessing.size, 3), dtype=np.uint8)
     image = noise if bench.image is None else read_image(bench.image)
-    settled = settle(second, bench.explain, image, precision=bench.precision, batch_size=bench.batch_size)
-    prepared = plain.prepare(image)
-    target = int(Subject(plain, prepared, bench.explain).scores().argmax())
-    return Case(bench, plain, settled.model, settled.execution, prepared, target)
+    prepared = model.prepare(image)
+    target = int(Subject(model, prepared, bench.explain).scores().argmax())
+    settled = settle(model, bench.explain, image, precision=bench.precision, batch_size=bench.batch_size)
+    return Case(bench, settled.model, settled.execution, prepared, target)
 
 
 def report(bench: BenchSpec, output: str | None = None) -> Iterator[str]:
@@ -191,21 +188,9 @@ def measure(case: Case) -> Iterator[Ratio]:
 
 def overhead(case: Case) -> Iterator[Ratio]:
     """Explaining over asking the same model as often, without masks."""
-    bare = partial(_bare, case.tuned, case.image, case.spec, case.execution.batch_size)
+    bare = partial(bare_forward, case.tuned, case.image, case.spec, case.execution.batch_size)
     ours = partial(case.explain, case.spec, [case.target])
     yield alternate(OVERHEAD, ours, bare, case.repeats)
-
-
-def _bare(model: Model, image: UInt8[np.ndarray, "H W 3"], spec: ExplainSpec, batch_size: int) -> None:
-    """The model's answers to N images that are there already."""
-    subject = Subject(model, image, spec)
-    images = subject.blend(draw(spec, 0, min(batch_size, spec.masks)))
-    answers = [
-        launch(subject.function, images[: min(batch_size, spec.masks - start)])
-        for start in range(0, spec.masks, batch_size)
-    ]
-    for answer in answers:
-        answer.read()
 
 
 def fills(case: Case) -> Iterator[Ratio]:
@@ -232,13 +217,12 @@ def targets(case: Case) -> Iterator[Ratio]:
 def rise(case: Case) -> Iterator[Ratio]:
     """RISE as published over ours, at equal N; with seeds, at equal error too."""
     spec = _rise_spec(case.spec)
-    subject = Subject(case.plain, case.image, spec)
-    published = partial(_published, subject)
     ours = partial(case.explain, spec, [case.target])
-    theirs, mine = memory_beyond_model(case, spec, "rise"), memory_beyond_model(case, spec, "ours")
-    remark = f"memory beyond the model's: {theirs / GIB:.2f} GiB / {mine / GIB:.3f} GiB"
-    yield alternate("RISE as published / ours, equal N", published, ours, case.repeats, remark)
-    yield from _at_equal_error("RISE as published", published, case, spec)
+    their_peak, our_peak = memory(case, spec, "rise"), memory(case, spec, "ours")
+    remark = f"memory beyond the model's: {their_peak / GIB:.2f} GiB / {our_peak / GIB:.3f} GiB"
+    with Apart(case.contender("rise", spec)) as theirs:
+        yield alternate("RISE as published / ours, equal N", theirs.explain, ours, case.repeats, remark)
+        yield from _at_equal_error("RISE as published", theirs.explain, case, spec)
 
 
 def _at_equal_error(
@@ -257,11 +241,6 @@ def _at_equal_error(
 def _rise_spec(spec: ExplainSpec) -> ExplainSpec:
     kept = spec.model_dump(include={"masks", "grid", "p_mask", "seed", "estimator"})
     return ExplainSpec(method="rise", **kept)
-
-
-def _published(subject: Subject) -> object:
-    spec = subject.spec
-    return rise_as_published(subject.function, subject.image, draw(spec, 0, spec.masks), spec.p_mask)
 
 
 def masks_of_variance(case: Case, spec: ExplainSpec, goal: float) -> int:
@@ -297,19 +276,25 @@ def xaitk(case: Case) -> Iterator[Ratio]:
     error too, where p_mask is 0.5: elsewhere its weights are not the paper's, so nothing tells its error.
     """
     spec = case.spec
-    theirs = partial(xaitk_mc_rise, case.plain, case.plain.classes, case.image, spec)
     ours = partial(case.explain, spec, [case.target])
     doubled = spec.model_copy(update={"masks": 2 * spec.masks})
-    once, twice = (memory_beyond_model(case, asked, "xaitk") for asked in (spec, doubled))
-    mine = memory_beyond_model(case, spec, "ours")
+    once, twice = (memory(case, asked, "xaitk") for asked in (spec, doubled))
+    our_peak = memory(case, spec, "ours")
     fits = spec.masks * (1 + (_MEMORY - once) / max(1, twice - once))
     remark = (
-        f"memory beyond the model's: {once / GIB:.2f} GiB / {mine / GIB:.3f} GiB; "
+        f"memory beyond the model's: {once / GIB:.2f} GiB / {our_peak / GIB:.3f} GiB; "
         f"theirs exceeds {_MEMORY / GIB:.0f} GiB at N = {fits:,.0f}, ours does not grow"
     )
-    yield alternate("MC-RISE of xaitk / ours, equal N", theirs, ours, case.repeats, remark)
-    if spec.p_mask == 0.5:
-        yield from _at_equal_error("MC-RISE of xaitk", theirs, case, spec)
+    with Apart(case.contender("xaitk", spec)) as theirs:
+        yield alternate("MC-RISE of xaitk / ours, equal N", theirs.explain, ours, case.repeats, remark)
+        if spec.p_mask == 0.5:
+            yield from _at_equal_error("MC-RISE of xaitk", theirs.explain, case, spec)
+
+
+def memory(case: Case, spec: ExplainSpec, name: Name) -> int:
+    """Bytes that a contender takes at most beyond what its model takes."""
+    with Apart(case.contender(name, spec)) as process:
+        return process.memory()
 
 
 def actors(case: Case) -> Iterator[Ratio]:
@@ -339,59 +324,3 @@ def _job_seconds(case: Case, folder: str, count: int) -> float:
         return run_job(job, overwrite=True).seconds
     finally:
         shutil.rmtree(job.output, ignore_errors=True)
-
-
-def memory_beyond_model(case: Case, spec: ExplainSpec, what: Contender) -> int:
-    """Bytes that a process takes at most beyond what its model takes, in a process of its own.
-
-    The model is the plain one for all: what compiling once takes would hide what explaining takes.
-    """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    task = _MemoryTask(case.bench.model, case.image, spec, what, case.execution.batch_size)
-    process = context.Process(target=_measure_memory, args=(theirs, task))
-    process.start()
-    theirs.close()
-    try:
-        peak: int | MCRiseError = ours.recv()
-    except EOFError:
-        process.join()
-        raise ModelError(
-            f"measuring the memory of {what} ended with exit code {process.exitcode}: lower --masks"
-        ) from None
-    process.join()
-    if isinstance(peak, MCRiseError):
-        raise peak
-    return peak
-
-
-@dataclass(frozen=True)
-class _MemoryTask:
-    model: ModelSpec
-    image: np.ndarray
-    spec: ExplainSpec
-    what: Contender
-    batch_size: int
-
-
-def _measure_memory(connection: Connection, task: _MemoryTask) -> None:
-    try:
-        connection.send(_memory_of(task))
-    except MCRiseError as error:
-        connection.send(error)
-
-
-def _memory_of(task: _MemoryTask) -> int:
-    model, spec = load_model(task.model), task.spec
-    size = task.batch_size if task.what == "ours" else BATCH_SIZE
-    forget_peak()
-    _bare(model, task.image, spec.model_copy(update={"masks": 2 * size}), size)
-    bare = peak_memory()
-    forget_peak()
-    if task.what == "ours":
-        explain(model, task.image, 0, spec, batch_size=size)
-    elif task.what == "rise":
-        _published(Subject(model, task.image, spec))
-    else:
-        xaitk_mc_rise(model, model.classes, task.image, spec)
-    return max(0, peak_memory() - bare)

@@ -162,16 +162,15 @@ class Partial:
             slopes=self.slopes + other.slopes,
         )
 
-    def of_target(self, place: int) -> Partial:
-        """The sums of one target alone."""
-        one = slice(place, place + 1)
+    def of_targets(self, places: slice) -> Partial:
+        """The sums of some targets alone."""
         return replace(
             self,
-            scores=self.scores[one],
-            buckets=self.buckets[one],
-            squares=self.squares[one],
-            means=self.means[one],
-            slopes=self.slopes[one],
+            scores=self.scores[places],
+            buckets=self.buckets[places],
+            squares=self.squares[places],
+            means=self.means[places],
+            slopes=self.slopes[places],
         )
 
     def finalize(self, spec: ExplainSpec, dtype: torch.dtype = torch.float64) -> Maps:
@@ -271,9 +270,10 @@ def _unit(sizes: Float64[np.ndarray, " L"]) -> Float64[np.ndarray, " L"] | None:
     """In which squares of numbers of such sizes are taken in float32; None where that is 1 for all. Of scores
     near 1e-20, float32 would take the squares for 0, of those near 1e20 for infinite.
     """
-    if (((sizes > _SMALL) & (sizes < _LARGE)) | (sizes == 0)).all():
+    fits = ((sizes > _SMALL) & (sizes < _LARGE)) | (sizes == 0)
+    if fits.all():
         return None
-    unit: np.ndarray = np.maximum(sizes, _TINY)
+    unit: np.ndarray = np.where(fits, 1, np.maximum(sizes, _TINY))  # whatever the other targets are like
     return unit
 
 
@@ -283,16 +283,18 @@ def _as_tensor(array: np.ndarray) -> Tensor:
 
 
 def _upsampled(buckets: Float[Tensor, "L h sy K w sx"], size: tuple[int, int]) -> Float[Tensor, "L K H W"]:
-    """Each bucket upsampled at its shift, and all of them added: a few matrix products per target."""
+    """Each bucket upsampled at its shift, and all of them added."""
     targets, h, span_y, fills, w, span_x = buckets.shape
     height, width = size
+    low = buckets.view(targets, h * span_y, -1)
+    high = buckets.new_empty(targets, height, fills * w * span_x)
+    for pixels, seen, table in _stretches(h, height, _STRETCHES[0], buckets.dtype):
+        # Copied, because written there by the product it would take longer.
+        high[:, pixels] = torch.matmul(table.T, low[:, seen])
     found = buckets.new_empty(targets, height, fills, width)
-    high = buckets.new_empty(height, fills * w * span_x)
-    for low, out in zip(buckets, found, strict=True):
-        for pixels, seen, table in _stretches(h, height, _STRETCHES[0], buckets.dtype):
-            torch.mm(table.T, low.view(h * span_y, -1)[seen], out=high[pixels])
-        for pixels, seen, table in _stretches(w, width, _STRETCHES[1], buckets.dtype):
-            torch.mm(high.view(-1, w * span_x)[:, seen], table, out=out.view(-1, width)[:, pixels])
+    for pixels, seen, table in _stretches(w, width, _STRETCHES[1], buckets.dtype):
+        out = found.view(-1, width)[:, pixels]
+        torch.mm(high.view(-1, w * span_x)[:, seen], table, out=out)
     return found.transpose(1, 2)
 
 

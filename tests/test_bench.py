@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -24,11 +26,12 @@ from mcrise_ray.bench import (
     _rise_spec,
     cost,
     masks_of_variance,
-    memory_beyond_model,
+    memory,
     prepare,
     variance,
 )
 from mcrise_ray.cli import app
+from mcrise_ray.contenders import Apart, Contender
 from mcrise_ray.jobs import Summary
 from mcrise_ray.jobspec import JobSpec
 from mcrise_ray.loading import ModelSpec
@@ -37,6 +40,34 @@ from mcrise_ray.timing import Ratio
 
 MODEL = ModelSpec(model="blackboxes:small_network", preprocessing={"size": (20, 24)})
 IMAGE = np.random.default_rng(0).integers(0, 256, (33, 40, 3), dtype=np.uint8)
+
+
+class Pretends:
+    """A process that explains in no time, and takes memory by its contender."""
+
+    def __init__(self, contender: Contender) -> None:
+        self._peak = PEAKS[contender.name, contender.spec.masks]
+
+    def __enter__(self) -> Pretends:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def explain(self) -> None:
+        pass
+
+    def memory(self) -> int:
+        return self._peak
+
+
+PEAKS = {
+    ("xaitk", 64): 3 * 2**30,
+    ("xaitk", 128): 4 * 2**30,
+    ("ours", 64): 2**20,
+    ("rise", 480): 4 * 2**30,
+    ("ours", 480): 5 * 2**20,
+}
 
 
 def black_box(images: Tensor) -> Tensor:
@@ -156,7 +187,7 @@ def test_a_wrong_part_is_one_line() -> None:
 
 
 def test_rise_is_measured_at_equal_n_and_at_equal_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "memory_beyond_model", lambda case, spec, what: len(what) * 2**30)
+    monkeypatch.setattr(bench, "Apart", Pretends)
     scaled = {"paper": 4.0, "importance": 1.0}
     monkeypatch.setattr(bench, "variance", lambda case, spec: scaled[spec.estimator] / spec.masks**2)
     case = replace(case, bench=case.bench.model_copy(update={"explain": mr.ExplainSpec(masks=480)}))
@@ -170,15 +201,13 @@ def test_rise_is_measured_at_equal_n_and_at_equal_error(case: Case, monkeypatch:
     monkeypatch.setattr(bench, "alternate", noted)
     equal_n, equal_error = bench.rise(case)
     assert timed == [(equal_n.name, 480), (equal_error.name, 240)]
-    assert equal_n.remark == "memory beyond the model's: 4.00 GiB / 4.000 GiB"
+    assert equal_n.remark == "memory beyond the model's: 4.00 GiB / 0.005 GiB"
     assert equal_error.name == "RISE as published / ours, equal error"
     assert equal_error.remark == "N = 480 / 240; standard errors 0.00417 / 0.00417"
 
 
 def test_xaitk_says_where_memory_ends(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks = {("xaitk", 64): 3 * 2**30, ("xaitk", 128): 4 * 2**30, ("ours", 64): 2**20}
-    monkeypatch.setattr(bench, "memory_beyond_model", lambda case, spec, what: peaks[what, spec.masks])
-    monkeypatch.setattr(bench, "xaitk_mc_rise", lambda *arguments: None)
+    monkeypatch.setattr(bench, "Apart", Pretends)
     equal_n, equal_error = bench.xaitk(case)
     # A GiB more for each 64 masks more.
     assert "exceeds 24 GiB at N = 1,408" in equal_n.remark
@@ -189,8 +218,7 @@ def test_xaitk_says_where_memory_ends(case: Case, monkeypatch: pytest.MonkeyPatc
 def test_the_error_of_xaitk_is_not_told_where_its_weights_are_its_own(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "memory_beyond_model", lambda case, spec, what: 0)
-    monkeypatch.setattr(bench, "xaitk_mc_rise", lambda *arguments: None)
+    monkeypatch.setattr(bench, "Apart", Pretends)
     explain = mr.ExplainSpec(masks=64, p_mask=0.3)
     (ratio,) = bench.xaitk(replace(case, bench=case.bench.model_copy(update={"explain": explain})))
     assert ratio.name == "MC-RISE of xaitk / ours, equal N"
@@ -233,9 +261,22 @@ def test_actors_are_measured_through_jobs(case: Case, monkeypatch: pytest.Monkey
 def test_memory_is_measured_in_a_process_of_its_own(case: Case) -> None:
     """All masks and masked images of published RISE: N x 4 x H x W numbers of four bytes."""
     spec = mr.ExplainSpec(method="rise", masks=10_000, estimator="paper")
-    theirs = memory_beyond_model(case, spec, "rise")
+    theirs = memory(case, spec, "rise")
     assert theirs > 10_000 * 4 * 20 * 24 * 4
-    assert memory_beyond_model(case, spec, "ours") < theirs / 10
+    assert memory(case, spec, "ours") < theirs / 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much a process took")
+def test_others_explain_where_nothing_of_ours_was_set(case: Case) -> None:
+    """What they free goes back to the kernel, which `keep_freed` would prevent."""
+    spec = mr.ExplainSpec(method="rise", masks=20_000, estimator="paper")
+    with Apart(case.contender("rise", spec)) as theirs:
+        theirs.explain()
+        process = psutil.Process(theirs._process.pid)
+        assert process.pid != os.getpid()
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+        assert peak - process.memory_info().rss > 20_000 * 3 * 20 * 24 * 4 / 2
 
 
 def test_a_measurement_that_fails_says_why(case: Case, tmp_path: Path) -> None:
@@ -246,10 +287,10 @@ def test_a_measurement_that_fails_says_why(case: Case, tmp_path: Path) -> None:
     (tmp_path / "flag").touch()
     dying = of(model="blackboxes:dies_once", args={"flag": str(tmp_path / "flag")})
     dying = replace(dying, execution=dying.execution.model_copy(update={"batch_size": 64}))
-    with pytest.raises(mr.MCRiseError, match="measuring the memory of ours ended with exit code 1: lower"):
-        memory_beyond_model(dying, case.spec, "ours")
+    with pytest.raises(mr.MCRiseError, match="the process of ours ended with exit code 1: lower --masks"):
+        memory(dying, case.spec, "ours")
     with pytest.raises(mr.MCRiseError, match="broken raised RuntimeError: no such checkpoint"):
-        memory_beyond_model(of(model="blackboxes:broken"), case.spec, "ours")
+        memory(of(model="blackboxes:broken"), case.spec, "ours")
 
 
 def test_ratios_are_medians_of_pairs_in_either_order() -> None:

@@ -81,6 +81,7 @@ ORDER = [
     "render",
     "reidjob",
     "jobs",
+    "contenders",
     "bench",
     "arguments",
     "cli_options",
