@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mcrise_ray as mr
-from mcrise_ray import plan
+from mcrise_ray import explanations, plan
 from mcrise_ray.blend import Blender
 from mcrise_ray.estimators import residual_unit
 from mcrise_ray.explainer import Subject, run_unit
@@ -332,3 +332,21 @@ def test_scores_are_added_in_the_order_of_the_masks_whatever_the_threads(threads
     finally:
         torch.set_num_threads(before)
     np.testing.assert_array_equal(sums.partial(4096).buckets, expected)
+
+
+@pytest.mark.parametrize("estimator", ["paper", "control-variate"])
+def test_maps_of_a_target_do_not_depend_on_those_finished_with_it(
+    estimator: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do its errors, where the scores of another one are too small for squares in float32."""
+    spec, size = mr.ExplainSpec(masks=200, grid=(4, 5), colors=("red", "blue"), estimator=estimator), (30, 37)
+    scores = rng.random((200, 5)) * [1, 1e-25, 0.1, 1, 1e-3]
+    fit = fit_scores(spec, size, scores) if estimator == "control-variate" else None
+    total = residual_unit(spec, size, Unit(0, 0, 200), scores, fit)
+    monkeypatch.setattr(explanations, "_AT_ONCE", 3 * spec.K * size[0] * size[1])
+    together = explanation(spec, range(5), scores[0], total)
+    for place in range(5):
+        one = slice(place, place + 1)
+        alone = explanation(spec, [place], scores[0, one], total.of_targets(one))
+        for name in ("maps", "raw", "baseline", "standard_error", "relative_error"):
+            np.testing.assert_array_equal(getattr(together, name)[one], getattr(alone, name), err_msg=name)

@@ -639,3 +639,12 @@ def test_the_numbers_of_an_execution_are_checked() -> None:
     with pytest.raises(mr.MCRiseError, match="batch_size: Input should be greater than or equal to 1"):
         Execution(batch_size=0, threads=1)
     assert precision.Precision().is_float32
+
+
+@pytest.mark.parametrize(("threads", "at_most", "at_once"), [(2, 512, 16), (12, 512, 24), (12, 20, 20)])
+def test_trials_have_work_for_every_thread(
+    threads: int, at_most: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    trials = tuning._Trials(model_of(Scripted()), SPEC, IMAGE, None, lambda model, image: model, at_most)
+    assert trials._at_once == at_once
