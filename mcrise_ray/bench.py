@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -215,27 +215,42 @@ def targets(case: Case) -> Iterator[Ratio]:
 
 
 def rise(case: Case) -> Iterator[Ratio]:
-    """RISE as published over ours, at equal N; with seeds, at equal error too."""
+    """RISE as published over ours, at equal N; with seeds, at equal error too. Then the same where its
+    process keeps what it frees, as ours does: the rest is owed to masks and to how the model is asked.
+    """
     spec = _rise_spec(case.spec)
     ours = partial(case.explain, spec, [case.target])
     their_peak, our_peak = memory(case, spec, "rise"), memory(case, spec, "ours")
     remark = f"memory beyond the model's: {their_peak / GIB:.2f} GiB / {our_peak / GIB:.3f} GiB"
-    with Apart(case.contender("rise", spec)) as theirs:
-        yield alternate("RISE as published / ours, equal N", theirs.explain, ours, case.repeats, remark)
-        yield from _at_equal_error("RISE as published", theirs.explain, case, spec)
+    fewer = _of_equal_error(case, spec)
+    for name, keeps_freed in (("RISE as published", False), ("RISE with our malloc", True)):
+        with Apart(replace(case.contender("rise", spec), keeps_freed=keeps_freed)) as theirs:
+            yield alternate(f"{name} / ours, equal N", theirs.explain, ours, case.repeats, remark)
+            yield from _at_equal_error(name, theirs, case, fewer)
 
 
-def _at_equal_error(
-    name: str, theirs: Callable[[], object], case: Case, spec: ExplainSpec
-) -> Iterator[Ratio]:
-    """Theirs, which weighs N masks as the paper does, over ours with as many as come to the same variance."""
-    if case.bench.seeds:
-        goal = variance(case, spec.model_copy(update={"estimator": "paper"}))
-        fewer = spec.model_copy(update={"masks": masks_of_variance(case, spec, goal)})
-        errors = " / ".join(f"{value**0.5:.3g}" for value in (goal, variance(case, fewer)))
-        remark = f"N = {spec.masks} / {fewer.masks}; standard errors {errors}"
-        ours = partial(case.explain, fewer, [case.target])
-        yield alternate(f"{name} / ours, equal error", theirs, ours, case.repeats, remark)
+@dataclass(frozen=True)
+class _Fewer:
+    """Ours with as many masks as come to the variance of N that are weighed as the paper does."""
+
+    spec: ExplainSpec
+    remark: str
+
+
+def _of_equal_error(case: Case, spec: ExplainSpec) -> _Fewer | None:
+    """None without seeds."""
+    if not case.bench.seeds:
+        return None
+    goal = variance(case, spec.model_copy(update={"estimator": "paper"}))
+    fewer = spec.model_copy(update={"masks": masks_of_variance(case, spec, goal)})
+    errors = " / ".join(f"{value**0.5:.3g}" for value in (goal, variance(case, fewer)))
+    return _Fewer(fewer, f"N = {spec.masks} / {fewer.masks}; standard errors {errors}")
+
+
+def _at_equal_error(name: str, theirs: Apart, case: Case, fewer: _Fewer | None) -> Iterator[Ratio]:
+    if fewer is not None:
+        ours = partial(case.explain, fewer.spec, [case.target])
+        yield alternate(f"{name} / ours, equal error", theirs.explain, ours, case.repeats, fewer.remark)
 
 
 def _rise_spec(spec: ExplainSpec) -> ExplainSpec:
@@ -288,7 +303,7 @@ def xaitk(case: Case) -> Iterator[Ratio]:
     with Apart(case.contender("xaitk", spec)) as theirs:
         yield alternate("MC-RISE of xaitk / ours, equal N", theirs.explain, ours, case.repeats, remark)
         if spec.p_mask == 0.5:
-            yield from _at_equal_error("MC-RISE of xaitk", theirs.explain, case, spec)
+            yield from _at_equal_error("MC-RISE of xaitk", theirs, case, _of_equal_error(case, spec))
 
 
 def memory(case: Case, spec: ExplainSpec, name: Name) -> int:

@@ -22,7 +22,7 @@ from mcrise_ray.errors import MCRiseError, ModelError
 from mcrise_ray.explainer import Subject, explain
 from mcrise_ray.loading import ModelSpec
 from mcrise_ray.masks import draw
-from mcrise_ray.memory import forget_peak, peak_memory
+from mcrise_ray.memory import forget_peak, keep_freed, peak_memory
 from mcrise_ray.models import Model, load_model
 from mcrise_ray.scores import launch
 from mcrise_ray.spec import ExplainSpec
@@ -41,6 +41,7 @@ class Contender:
         spec: of the masks.
         batch_size: of ours; others have their own.
         threads: of torch.
+        keeps_freed: malloc is told what ours is.
     """
 
     name: Name
@@ -49,6 +50,7 @@ class Contender:
     spec: ExplainSpec
     batch_size: int
     threads: int
+    keeps_freed: bool = False
 
 
 class Apart:
@@ -114,6 +116,8 @@ def bare_forward(model: Model, image: UInt8[np.ndarray, "H W 3"], spec: ExplainS
 
 def _serve(connection: Connection, contender: Contender) -> None:
     torch.set_num_threads(contender.threads)
+    if contender.keeps_freed:
+        keep_freed()
     try:
         model: Model | MCRiseError = load_model(contender.model)
     except MCRiseError as error:

@@ -199,8 +199,10 @@ def test_rise_is_measured_at_equal_n_and_at_equal_error(case: Case, monkeypatch:
 
     alternate = bench.alternate
     monkeypatch.setattr(bench, "alternate", noted)
-    equal_n, equal_error = bench.rise(case)
-    assert timed == [(equal_n.name, 480), (equal_error.name, 240)]
+    equal_n, equal_error, *kept = bench.rise(case)
+    names = [ratio.name for ratio in (equal_n, equal_error, *kept)]
+    assert timed == list(zip(names, [480, 240, 480, 240], strict=True))
+    assert names[2:] == [f"RISE with our malloc / ours, equal {what}" for what in ("N", "error")]
     assert equal_n.remark == "memory beyond the model's: 4.00 GiB / 0.005 GiB"
     assert equal_error.name == "RISE as published / ours, equal error"
     assert equal_error.remark == "N = 480 / 240; standard errors 0.00417 / 0.00417"
@@ -268,15 +270,22 @@ def test_memory_is_measured_in_a_process_of_its_own(case: Case) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much a process took")
 def test_others_explain_where_nothing_of_ours_was_set(case: Case) -> None:
-    """What they free goes back to the kernel, which `keep_freed` would prevent."""
+    """What they free goes back to the kernel, unless they are to keep it as ours does."""
     spec = mr.ExplainSpec(method="rise", masks=20_000, estimator="paper")
-    with Apart(case.contender("rise", spec)) as theirs:
+    assert _given_back(case.contender("rise", spec)) > 20_000 * 3 * 20 * 24 * 4 / 2
+    kept = _given_back(replace(case.contender("rise", spec), keeps_freed=True))
+    assert kept < 20_000 * 3 * 20 * 24 * 4 / 10
+
+
+def _given_back(contender: Contender) -> int:
+    """Bytes of the most that it took."""
+    with Apart(contender) as theirs:
         theirs.explain()
         process = psutil.Process(theirs._process.pid)
         assert process.pid != os.getpid()
         status = Path(f"/proc/{process.pid}/status").read_text()
         peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
-        assert peak - process.memory_info().rss > 20_000 * 3 * 20 * 24 * 4 / 2
+        return peak - process.memory_info().rss
 
 
 def test_a_measurement_that_fails_says_why(case: Case, tmp_path: Path) -> None:
