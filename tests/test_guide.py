@@ -133,7 +133,7 @@ def test_unbiased_over_many_seeds_and_says_how_far_off(
 @pytest.mark.parametrize(("p_mask", "seeds"), [pytest.param(0.1, 240, marks=pytest.mark.slow), (0.5, 36)])
 def test_intervals_cover_the_exact_map(monkeypatch: pytest.MonkeyPatch, p_mask: float, seeds: int) -> None:
     """95 % intervals at N = 2000, of which a guide may learn from 512."""
-    for module in (plan, learning, reduction):
+    for module in (plan, guides, learning, reduction):
         monkeypatch.setattr(module, "MOST_LEARNT", 512)
     base = spec_of("mc-rise", "red,blue", p_mask=p_mask, masks=2000)
     score = rare(base, SMALL)
@@ -147,7 +147,7 @@ def test_intervals_cover_the_exact_map(monkeypatch: pytest.MonkeyPatch, p_mask: 
 
 @pytest.mark.usefixtures("shapes_unchecked", "short_opening")
 def test_intervals_cover_the_exact_map_after_stopping(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (plan, learning, reduction):
+    for module in (plan, guides, learning, reduction):
         monkeypatch.setattr(module, "MOST_LEARNT", 512)
     base = spec_of("mc-rise", "red,blue", relative_error=0.015, masks=16_000)
     score = rare(base, SMALL)
@@ -264,7 +264,7 @@ def test_squares_are_those_of_all_candidates_when_picks_are_regular(
     """Equal odds: the picks are as regular as any sample of the candidates would be."""
     spec = spec_of("rise", "black")
     guide = a_guide(spec, SMALL)
-    monkeypatch.setattr(guides, "_odds", lambda doubt, count: np.full(len(doubt), count / len(doubt)))
+    monkeypatch.setattr(guides, "_odds", lambda doubt, count, _: np.full(len(doubt), count / len(doubt)))
     monkeypatch.setattr(guides, "uniform", lambda *_: tick)
     found, sums = 0.0, UnitSums(spec, 1, SMALL)
     for index in range(8):
@@ -295,14 +295,31 @@ def test_candidates_are_more_where_picks_leave_little() -> None:
 @given(
     doubt=st.lists(st.floats(0, 1e6), min_size=16, max_size=64),
     count=st.integers(1, 15),
+    floor=st.floats(0.1, 0.3),
 )
-def test_odds_sum_to_the_number_wanted(doubt: list[float], count: int) -> None:
-    odds = guides._odds(np.array(doubt), count)
+def test_odds_sum_to_the_number_wanted(doubt: list[float], count: int, floor: float) -> None:
+    odds = guides._odds(np.array(doubt), count, floor)
     assert odds.sum() == pytest.approx(count)
     assert odds.max() <= 1
-    assert odds.min() >= min(1, 0.1 * count / len(doubt)) * 0.999
+    assert odds.min() >= min(1, floor * count / len(doubt)) * 0.999
     order = np.argsort(doubt)
     assert (np.diff(odds[order]) >= -1e-12).all()
+
+
+def test_a_guide_that_has_learnt_little_leaves_more_of_the_odds_to_all_masks() -> None:
+    """No mask weighs more than 1 / 0.3 at first: those that it takes for certain are where it errs most."""
+    spec = spec_of("mc-rise", "red,blue")
+    guide, one = a_guide(spec, SMALL), Unit(0, 0, 64)
+    for learnt, floor in ((100, 0.3), (512, 0.3), (1024, 0.2), (2048, 0.1), (4000, 0.1)):
+        learner = replace(guide, learnt=learnt)
+        assert learner.floor == pytest.approx(floor)
+        with pytest.MonkeyPatch.context() as patch:
+            # Of all candidates, it takes a few for anything but certain.
+            certain = predict(spec, SMALL, learner, candidates(spec, one, learner.candidates))
+            certain[1][:] = np.where(np.arange(len(certain[1])) < 40, 1.0, 0.0)
+            patch.setattr(guides, "predict", lambda *_, certain=certain: certain)
+            choice, _ = choose(spec, SMALL, learner, one)
+        assert learner.candidates * choice.odds.min() > floor
 
 
 def test_of_scores_as_uncertain_those_are_picked_that_add_most_to_the_maps() -> None:
